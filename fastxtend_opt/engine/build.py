@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['FLAGS', 'cache_folder', 'compiler', 'build', 'load']
+__all__ = ['CPP_FLAGS', 'cache_folder', 'cpp_compiler', 'build_library', 'load_library']
 
 # %% ../../nbs/engine/05_build.ipynb #5e5531e4
 def cache_folder() -> Path: # Folder of the compiled kernels; made if missing
@@ -24,8 +24,8 @@ def cache_folder() -> Path: # Folder of the compiled kernels; made if missing
         if s.st_mode & 0o022: raise RuntimeError(f"the kernel cache {path} can be written by others (mode {s.st_mode & 0o777:o}): kernels in it can't be trusted. Run `chmod go-w {path}` or set FASTXTEND_OPT_CACHE.")
     return path
 
-# %% ../../nbs/engine/05_build.ipynb #f300637b
-FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-std=c++17', '-shared', '-fPIC') # inf and nan keep their meaning: no -ffast-math
+# %% ../../nbs/engine/05_build.ipynb #afcd3abd
+CPP_FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-std=c++17', '-shared', '-fPIC') # inf and nan keep their meaning: no -ffast-math
 
 @lru_cache(None)
 def _compiler(cxx, path):
@@ -37,7 +37,7 @@ def _compiler(cxx, path):
     raise RuntimeError(f"fused=True compiles its kernels, and there is no C++ compiler{f' {cxx!r} (CXX)' if cxx else ' (g++, clang++ or c++)'}. Install one (Debian, Ubuntu: `apt-get install g++`; "
         "macOS: `xcode-select --install`; conda: `conda install cxx-compiler`), name it in the environment variable CXX, or use foreach=True, which needs none.")
 
-def compiler() -> tuple: # Extra arguments, path, and identity of the C++ compiler
+def cpp_compiler() -> tuple: # Extra arguments, path, and identity of the C++ compiler
     "The C++ compiler: `CXX`, or the first of g++, clang++, c++; `RuntimeError` that says what to do if there is none"
     return _compiler(os.environ.get('CXX'), os.environ.get('PATH'))
 
@@ -49,7 +49,7 @@ def _cpu():
         return '\n'.join(sorted(l for l in info if l.split(':')[0].strip() in ('vendor_id','cpu family','model','model name','stepping','flags','Features','CPU part')))
     except OSError: return f'{platform.machine()} {platform.processor()} {platform.platform()}'
 
-# %% ../../nbs/engine/05_build.ipynb #9b04b386
+# %% ../../nbs/engine/05_build.ipynb #4ca5fda4
 def _digest(b): return hashlib.sha256(b).hexdigest()
 
 def _valid(folder):
@@ -59,9 +59,9 @@ def _valid(folder):
     except (OSError, UnicodeDecodeError): return None
 
 def _compile(source, folder):
-    extra,cxx,_ = compiler()
+    extra,cxx,_ = cpp_compiler()
     (folder/'kernel.cpp').write_text(source)
-    args = [cxx, *extra, *FLAGS, *(['-undefined', 'dynamic_lookup'] if sys.platform=='darwin' else []), 'kernel.cpp', '-o', 'kernel.so']
+    args = [cxx, *extra, *CPP_FLAGS, *(['-undefined', 'dynamic_lookup'] if sys.platform=='darwin' else []), 'kernel.cpp', '-o', 'kernel.so']
     for threads in (['-fopenmp'], ['-pthread']): # Apple's clang has no OpenMP: the source then uses std::thread
         r = subprocess.run(args+threads, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if r.returncode == 0: break
@@ -75,13 +75,13 @@ def _sweep(root, age=3600):
             if time.time() - d.stat().st_mtime > age: shutil.rmtree(d, ignore_errors=True)
         except OSError: pass
 
-def build(
+def build_library(
     source:str # C++ source
 ) -> Path: # The compiled library
     "Compile `source`, or find it compiled in the cache"
-    extra,_,ident = compiler()
+    extra,_,ident = cpp_compiler()
     root = cache_folder()
-    final = root/_digest('\0'.join((source, *FLAGS, *extra, ident, _cpu())).encode())[:32]
+    final = root/_digest('\0'.join((source, *CPP_FLAGS, *extra, ident, _cpu())).encode())[:32]
     for _ in range(5):
         if so := _valid(final): return so
         _sweep(root)
@@ -96,14 +96,14 @@ def build(
         finally: shutil.rmtree(tmp, ignore_errors=True)
     raise RuntimeError(f"the kernel cache {root} changes under our hands: no whole library in {final}. Set FASTXTEND_OPT_CACHE to a folder of your own.")
 
-# %% ../../nbs/engine/05_build.ipynb #a23278b2
+# %% ../../nbs/engine/05_build.ipynb #4d984102
 _libs,_lock = {},threading.Lock()
 
-def load(
+def load_library(
     source:str, # C++ source
     python:bool=False # Does it call Python's C functions (and so has to hold the GIL)?
 ) -> ctypes.CDLL: # The loaded library
     "Compile `source` if it isn't yet, and load it once a process"
     with _lock:
-        if (lib := _libs.get(source)) is None: lib = _libs[source] = (ctypes.PyDLL if python else ctypes.CDLL)(str(build(source)))
+        if (lib := _libs.get(source)) is None: lib = _libs[source] = (ctypes.PyDLL if python else ctypes.CDLL)(str(build_library(source)))
     return lib

@@ -109,9 +109,9 @@ add_op('full', torch.full_like, '{1}', 'torch.full_like({0}, {1})', nargs=2)
 for _n in 'float16 bfloat16 float32 float64'.split():
     add_op(f'to_{_n}', lambda x,dt=getattr(torch,_n): x.to(dt), 'CT({0})', '{0}.to(torch.%s)'%_n)
 
-# %% ../../nbs/engine/00_ops.ipynb #d1c63293
+# %% ../../nbs/engine/00_ops.ipynb #d41da583
 add_op('sum', torch.sum, '{0}', reduce='sum', finish='{0}')
 add_op('mean', torch.mean, '{0}', reduce='sum', finish='{0}/{n}')
-add_op('norm', torch.linalg.vector_norm, '({0}*{0})', 'torch.linalg_vector_norm({0})', foreach=torch._foreach_norm, reduce='sum', finish='std::sqrt({0})')
+add_op('norm', torch.linalg.vector_norm, '({0}*{0})', 'torch.norm({0})', foreach=torch._foreach_norm, reduce='sum', finish='std::sqrt({0})')
 add_op('amax', torch.amax, '{0}', 'torch.amax({0})', reduce='max', finish='{0}')
 add_op('amin', torch.amin, '-({0})', 'torch.amin({0})', reduce='max', finish='-({0})')

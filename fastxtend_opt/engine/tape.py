@@ -12,12 +12,12 @@ import torch
 from .ops import OPS
 
 # %% auto #0
-__all__ = ['SCALAR', 'Slot', 'UnsupportedError', 'NeedsShape', 'Tape', 'TapeTensor', 'trace', 'show_tape']
+__all__ = ['SCALAR_REF', 'TapeSlot', 'UnsupportedError', 'NeedsShape', 'Tape', 'TapeTensor', 'trace_steppers', 'show_tape']
 
-# %% ../../nbs/engine/01_tape.ipynb #8ad4920e
-SCALAR = 1<<20 # References from here on are numbers: `SCALAR+i` is argument i
-Slot = namedtuple('Slot', 'name kind dtype') # A tensor of the optimizer: 'p', 'grad' or a state name; kind 'e' elementwise, 's' one value a tensor
-Slot.__doc__ = "A tensor that a step reads or writes: `name` ('p', 'grad' or a state name), `kind` ('e' a value an element, 's' one value a parameter), `dtype`"
+# %% ../../nbs/engine/01_tape.ipynb #28336d86
+SCALAR_REF = 1<<20 # References from here on are numbers: `SCALAR_REF+i` is argument i
+TapeSlot = namedtuple('TapeSlot', 'name kind dtype') # A tensor of the optimizer: 'p', 'grad' or a state name; kind 'e' elementwise, 's' one value a tensor
+TapeSlot.__doc__ = "A tensor that a step reads or writes: `name` ('p', 'grad' or a state name), `kind` ('e' a value an element, 's' one value a parameter), `dtype`"
 
 # %% ../../nbs/engine/01_tape.ipynb #11b66579
 class UnsupportedError(NotImplementedError):
@@ -26,13 +26,13 @@ class UnsupportedError(NotImplementedError):
 class NeedsShape(Exception):
     "A stepper looks at the shape: the caller has to trace each shape by itself (internal)"
 
-# %% ../../nbs/engine/01_tape.ipynb #94028a3f
+# %% ../../nbs/engine/01_tape.ipynb #bcd9d9bd
 def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
 
 class Tape:
     "What a list of steppers does to one parameter: entries, the numbers they use, and what is stored at the end"
     def __init__(self,
-        slots:tuple, # `Slot`s that exist when the step begins; the first two are 'p' and 'grad'
+        slots:tuple, # `TapeSlot`s that exist when the step begins; the first two are 'p' and 'grad'
         device:torch.device=torch.device('cpu'), # Device of the tensors
         shape:torch.Size|None=None # Shape of the parameter if all that will run the tape share one
     ):
@@ -64,7 +64,7 @@ class Tape:
             if isinstance(x, torch.Tensor) and x.dim()==0 and x.device.type=='cpu': x = x.item()
             else: self.refuse(name, f"got a {type(x).__name__} that is neither the parameter, its gradient, its state nor a number")
         self.scalars.append(float(x))
-        return SCALAR + len(self.scalars) - 1
+        return SCALAR_REF + len(self.scalars) - 1
 
     def refuse(self, op, why='is not in the table of operations'):
         raise UnsupportedError(f"stepper '{self.stepper}': '{op}' {why}. Run this optimizer in native mode (no foreach, jit or fused), "
@@ -253,10 +253,10 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     return f(*args, **{k:v for k,v in (kwargs or {}).items() if k not in ('inplace','out') or v})
 TapeTensor.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/engine/01_tape.ipynb #215ebc6d
-def trace(
+# %% ../../nbs/engine/01_tape.ipynb #1d62c08c
+def trace_steppers(
     cbs, # Steppers
-    slots:tuple, # `Slot`s of the parameter, its gradient and its state tensors
+    slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
     state:dict, # State entries that are not tensors (`step`, `do_wd`)
     hyper:dict, # Hyper-parameters
     device:torch.device=torch.device('cpu'), # Device of the parameters
@@ -296,24 +296,24 @@ def _finish(tape, loads, state):
     tape.stores = tuple(stores)
     if tape.created: _make_slots(tape)
 
-# %% ../../nbs/engine/01_tape.ipynb #c8454b6d
+# %% ../../nbs/engine/01_tape.ipynb #98abaef7
 def _make_slots(tape):
     "Turn created state into slots, in the order of their names; a constant start becomes a load"
     new,ops = tape.created,tape.ops
     starts = {} # entry of a constant -> the state name that starts with it
     def start(ref):
-        while 0 <= ref < SCALAR and ops[ref][0] != 'full': ref = ops[ref][1] if len(ops[ref]) > 1 else -1
-        return ref if 0 <= ref < SCALAR else None
+        while 0 <= ref < SCALAR_REF and ops[ref][0] != 'full': ref = ops[ref][1] if len(ops[ref]) > 1 else -1
+        return ref if 0 <= ref < SCALAR_REF else None
     for k in sorted(new):
         e = start(new[k].ref)
         if e is not None and e not in starts and tape.types[e] == (new[k].kind, new[k].dtype): starts[e] = k
-    const = {k:tape.scalars[ops[e][2]-SCALAR] for e,k in starts.items()}
-    slots = tape.slots[:2] + tuple(sorted((*tape.slots[2:], *(Slot(k, t.kind, t.dtype) for k,t in new.items()))))
+    const = {k:tape.scalars[ops[e][2]-SCALAR_REF] for e,k in starts.items()}
+    slots = tape.slots[:2] + tuple(sorted((*tape.slots[2:], *(TapeSlot(k, t.kind, t.dtype) for k,t in new.items()))))
     where = {s.name:-i-1 for i,s in enumerate(slots)}
     moved = {-i-1:where[s.name] for i,s in enumerate(tape.slots)}
     refs,out,types,scalars = {},[],[],[]
     def ref(r):
-        if r >= SCALAR: scalars.append(tape.scalars[r-SCALAR]); return SCALAR+len(scalars)-1
+        if r >= SCALAR_REF: scalars.append(tape.scalars[r-SCALAR_REF]); return SCALAR_REF+len(scalars)-1
         return moved[r] if r < 0 else refs[r]
     for i,o in enumerate(ops):
         if i in starts: refs[i] = where[starts[i]]
@@ -323,11 +323,11 @@ def _make_slots(tape):
     tape.ops,tape.types,tape.scalars,tape.slots = out,types,scalars,slots
     tape.stores = tuple(sorted((i,r) for i,r in stores if r != -i-1))
 
-# %% ../../nbs/engine/01_tape.ipynb #19af27bc
+# %% ../../nbs/engine/01_tape.ipynb #230e22bb
 def show_tape(
     tape:Tape # A tape, as `trace` returns it
 ) -> str: # One line an entry
     "A tape as text"
-    def ref(r): return f'{tape.scalars[r-SCALAR]:.6g}' if r >= SCALAR else tape.slots[-r-1].name if r < 0 else f't{r}'
+    def ref(r): return f'{tape.scalars[r-SCALAR_REF]:.6g}' if r >= SCALAR_REF else tape.slots[-r-1].name if r < 0 else f't{r}'
     lines = [f"t{i} = {o[0]}({', '.join(map(ref, o[1:]))})" + (' # one value a parameter' if tape.types[i][0]=='s' else '') for i,o in enumerate(tape.ops)]
     return '\n'.join(lines + [f'{tape.slots[i].name} <- {ref(r)}' for i,r in tape.stores])

@@ -1,0 +1,66 @@
+# make demo    train a real classifier in four modes (installs into .venv first)
+# make test    everything that must hold: generated files, notebooks, documentation, tests
+# make docs    the documentation site, in _site_preview/
+# make bench   step times; ARGS='--help' says what can be asked for
+# make clean   remove what was built; make distclean removes .venv as well
+#
+# PYTHON=python3.12   the interpreter that .venv is made with
+# TORCH=torch==2.13.0 one more requirement for pip, here the oldest torch that is supported
+# JOBS=2              processes of the tests
+
+PYTHON ?= python3
+TORCH  ?=
+JOBS   ?= 2
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PYTEST_ARGS ?=
+
+.PHONY: install demo test check notebooks docs pytest bench clean distclean
+.DEFAULT_GOAL := test
+.NOTPARALLEL:
+
+install: $(STAMP)
+
+$(STAMP): settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,10) and "Python 3.10 or newer is needed, $(PYTHON) is "+sys.version.split()[0]+". Name another: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@echo 'Installing into $(VENV): some minutes, and some GB, the first time'
+	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/fastxtend-opt demo $(ARGS)
+
+test: check notebooks docs pytest
+
+# one torch thread a process: the processes share the cores. The kernels' folder is the project's own, so that nothing outside is relied on
+test check notebooks docs pytest: export OMP_NUM_THREADS := 1
+notebooks docs: export FASTXTEND_OPT_CACHE := $(CURDIR)/.cache/kernels
+notebooks docs pytest: export MPLBACKEND := agg
+
+check: $(STAMP)
+	$(BIN)/python tools/check_generated.py
+
+notebooks: $(STAMP) | check
+	$(BIN)/nbdev-test --n-workers $(JOBS)
+
+docs: $(STAMP)
+	$(BIN)/python tools/process_notebooks.py --force --n-workers $(JOBS)
+	$(BIN)/python tools/render_site.py
+
+# last, so that its summary closes the log
+pytest: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+bench: $(STAMP)
+	$(BIN)/fastxtend-opt bench $(ARGS)
+
+clean:
+	rm -rf _proc _docs _site_preview build dist .cache .pytest_cache .hypothesis *.egg-info nbs/nbdev.yml
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

@@ -1,0 +1,34 @@
+"One kernel cache per test session, shared by its workers; one torch thread a process unless a test asks for more."
+import atexit,os,shutil,tempfile
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+def _session_cache():
+    "A private folder that lives as long as the session: `FASTXTEND_OPT_TEST_CACHE` names one to keep between sessions"
+    kept = os.environ.get('FASTXTEND_OPT_TEST_CACHE')
+    if kept:
+        Path(kept).mkdir(mode=0o700, parents=True, exist_ok=True)
+        return kept
+    path = tempfile.mkdtemp(prefix='fastxtend_opt_tests_')
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+# pytest-xdist's workers inherit the controller's environment, so that each kernel is built once a session
+if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = _session_cache()
+
+import pytest,torch
+torch.set_num_threads(1)
+
+def pytest_addoption(parser):
+    parser.addoption('--slow', action='store_true', help='also run the tests marked slow (the whole cross product, long property tests)')
+
+def pytest_configure(config):
+    if config.getoption('--slow'): config.option.markexpr = '' # pyproject.toml deselects them with -m 'not slow'
+
+@pytest.fixture
+def threads():
+    "Set torch's threads within a test, and put them back after it"
+    n = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(n)

@@ -1,0 +1,203 @@
+"Compare, build and run: what every test of an optimizer here shares."
+import copy,numbers
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+
+import numpy as np,torch
+from fastcore.all import L
+from torch import nn,tensor
+
+MODES = ('foreach', 'jit', 'fused')
+ALL_MODES = ('native',) + MODES
+
+def flags(mode): return {} if mode=='native' else {mode: True}
+
+# ---------------------------------------------------------------- comparing
+class Mismatch(AssertionError): "Raised by `assert_same`; the message starts with the place that differs"
+
+def _kind(o):
+    if isinstance(o, torch.Tensor): return 'tensor'
+    if isinstance(o, np.ndarray):   return 'array'
+    if isinstance(o, Mapping):      return 'dict'
+    if isinstance(o, (list, tuple, L)): return 'list'
+    if o is None or isinstance(o, (str, bytes)): return type(o).__name__
+    if isinstance(o, (bool, np.bool_)): return 'bool'
+    if isinstance(o, (int, np.integer)): return 'int'
+    if isinstance(o, (float, np.floating)): return 'float'
+    return type(o).__name__
+
+def _fail(path, msg): raise Mismatch(f'{path or "value"}: {msg}')
+
+def _bits(t): return t.detach().contiguous().view(-1).view(torch.uint8) if t.numel() else t
+
+def _same_tensor(a, b, rtol, atol, equal_nan, path):
+    if a.shape  != b.shape:  _fail(path, f'shape {tuple(a.shape)} against {tuple(b.shape)}')
+    if a.dtype  != b.dtype:  _fail(path, f'dtype {a.dtype} against {b.dtype}')
+    if a.device != b.device: _fail(path, f'device {a.device} against {b.device}')
+    a,b = a.detach(),b.detach()
+    if not a.numel(): return
+    if not (a.is_floating_point() or a.is_complex()):
+        if not torch.equal(a, b): _fail(path, f'{int((a!=b).sum())} of {a.numel()} values differ')
+        return
+    if a.dtype != torch.float64 and not a.is_complex(): a,b = a.double(),b.double()
+    na,nb = a.isnan(),b.isnan()
+    if (na|nb).any():
+        if not equal_nan:         _fail(path, f'{int(na.sum())} NaN against {int(nb.sum())}, of {a.numel()} values')
+        if not torch.equal(na,nb): _fail(path, f'NaN in different places ({int((na!=nb).sum())} of {a.numel()})')
+    ia,ib = a.isinf(),b.isinf()
+    if (ia|ib).any() and not torch.equal(torch.where(ia, a, 0*torch.ones_like(a)), torch.where(ib, b, 0*torch.ones_like(b))):
+        _fail(path, f'infinities differ: {int(ia.sum())} against {int(ib.sum())}, of {a.numel()} values')
+    ok = ~(na|ia)
+    d,lim = (a-b).abs()[ok],(atol + rtol*b.abs())[ok]
+    bad = d > lim
+    if bad.any():
+        i = int((d-lim).argmax())
+        _fail(path, f'{int(bad.sum())} of {a.numel()} values differ; worst {a[ok].flatten()[i].item()!r} against {b[ok].flatten()[i].item()!r}'
+                    f' (|difference| {d[i].item():.3g} > {lim[i].item():.3g} = {atol:g} + {rtol:g} * |b|)')
+
+def assert_same(a, b, rtol=0., atol=0., equal_nan=False, path=''):
+    """Fail unless `a` and `b` have the same structure, lengths, shapes, dtypes and values: `|a-b| <= atol + rtol*|b|` elementwise.
+    NaN is a failure unless `equal_nan`, and then must be in the same places. Integers, booleans and strings are compared exactly;
+    a dict is a dict whatever its class, and list, tuple and `L` are one kind."""
+    ka,kb = _kind(a),_kind(b)
+    if ka != kb: _fail(path, f'{type(a).__name__} against {type(b).__name__}')
+    if ka=='dict':
+        if set(a) != set(b): _fail(path, f'keys {sorted(map(str,a))} against {sorted(map(str,b))}')
+        for k in a: assert_same(a[k], b[k], rtol, atol, equal_nan, f'{path}[{k!r}]')
+    elif ka=='list':
+        if len(a) != len(b): _fail(path, f'length {len(a)} against {len(b)}')
+        for i,(x,y) in enumerate(zip(a,b)): assert_same(x, y, rtol, atol, equal_nan, f'{path}[{i}]')
+    elif ka=='tensor': _same_tensor(a, b, rtol, atol, equal_nan, path)
+    elif ka=='array':
+        if a.dtype != b.dtype: _fail(path, f'dtype {a.dtype} against {b.dtype}')
+        _same_tensor(torch.from_numpy(np.array(a)), torch.from_numpy(np.array(b)), rtol, atol, equal_nan, path)
+    elif ka=='float': _same_tensor(tensor(float(a), dtype=torch.float64), tensor(float(b), dtype=torch.float64), rtol, atol, equal_nan, path)
+    elif a != b: _fail(path, f'{a!r} against {b!r}')
+
+def assert_bitwise(a, b, path=''):
+    "Fail unless `a` and `b` agree to the last bit (so that NaN equals NaN and 0. differs from -0.)"
+    ka,kb = _kind(a),_kind(b)
+    if ka != kb: _fail(path, f'{type(a).__name__} against {type(b).__name__}')
+    if ka=='dict':
+        if set(a) != set(b): _fail(path, f'keys {sorted(map(str,a))} against {sorted(map(str,b))}')
+        for k in a: assert_bitwise(a[k], b[k], f'{path}[{k!r}]')
+    elif ka=='list':
+        if len(a) != len(b): _fail(path, f'length {len(a)} against {len(b)}')
+        for i,(x,y) in enumerate(zip(a,b)): assert_bitwise(x, y, f'{path}[{i}]')
+    elif ka=='tensor':
+        if (a.shape,a.dtype,a.device) != (b.shape,b.dtype,b.device): _fail(path, f'{a.shape, a.dtype} against {b.shape, b.dtype}')
+        if not torch.equal(_bits(a), _bits(b)): _fail(path, f'{int((a!=b).sum())} of {a.numel()} values differ in some bit')
+    elif ka=='float' and np.float64(a).tobytes() != np.float64(b).tobytes(): _fail(path, f'{a!r} against {b!r}')
+    elif ka!='float' and a != b: _fail(path, f'{a!r} against {b!r}')
+
+_ULP = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24, -149), torch.float64: (53, -1074)}
+
+def ulp(t):
+    "The spacing of `t`'s own dtype at each of its values, as float64"
+    bits,low = _ULP[t.dtype]
+    return torch.exp2((torch.frexp(t.double()).exponent - bits).clamp(min=low).double())
+
+def assert_ulps(a, b, n, path=''):
+    "Fail unless `a` and `b`, of one low-precision dtype, are at most `n` representable steps apart everywhere"
+    if _kind(a)=='dict' and _kind(b)=='dict':
+        if set(a) != set(b): _fail(path, f'keys {sorted(map(str,a))} against {sorted(map(str,b))}')
+        for k in a: assert_ulps(a[k], b[k], n, f'{path}[{k!r}]')
+    elif _kind(a)=='list' and _kind(b)=='list':
+        if len(a) != len(b): _fail(path, f'length {len(a)} against {len(b)}')
+        for i,(x,y) in enumerate(zip(a,b)): assert_ulps(x, y, n, f'{path}[{i}]')
+    elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point() and a.dtype==b.dtype and a.shape==b.shape:
+        fin = a.isfinite()&b.isfinite()
+        if not torch.equal(torch.where(fin, 0, a.double()).nan_to_num(nan=7), torch.where(fin, 0, b.double()).nan_to_num(nan=7)):
+            _fail(path, 'inf or NaN in different places')
+        d = torch.where(fin, (a.double()-b.double()).abs()/torch.maximum(ulp(a), ulp(b)), 0.)
+        if d.numel() and d.max() > n:
+            i = int(d.argmax())
+            _fail(path, f'{int((d>n).sum())} of {d.numel()} values more than {n} ulp apart; worst {a.flatten()[i].item()!r} against '
+                        f'{b.flatten()[i].item()!r} ({d.max().item():g} ulp)')
+    else: assert_same(a, b, path=path)
+
+# Params, gradients and updates of the streams below are of order 1, so that the absolute part is a few roundings of 1.
+TOL = {torch.float64: dict(rtol=1e-10, atol=1e-12), torch.float32: dict(rtol=2e-5, atol=1e-6)}
+
+# ---------------------------------------------------------------- parameters and gradients
+BIG = 16*1024 + 5 # more than one chunk of the fused backend, and no multiple of a vector's length
+SHAPES = ((), (1,), (33,), (17,5), (8,4,3,3), (0,), (0,3))
+
+def _fill(shape, gen, dtype, scale=1.): return (torch.randn(shape, generator=gen, dtype=torch.float64)*scale).to(dtype)
+
+def make_params(shapes=SHAPES, dtype=torch.float32, seed=0, big=True, channels_last=True, scale=.5):
+    "Parameters of `shapes`, then one of more than a chunk, then a channels_last kernel, all seeded and with values well off zero"
+    gen = torch.Generator().manual_seed(seed)
+    res = [_fill(s, gen, dtype, scale) for s in shapes]
+    if big: res.append(_fill((BIG,), gen, dtype, scale))
+    if channels_last: res.append(_fill((6,8,3,5), gen, dtype, scale).contiguous(memory_format=torch.channels_last))
+    return [nn.Parameter(o) for o in res]
+
+def copy_params(params):
+    "Parameters of the same values and memory layout, without grads"
+    return [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format), requires_grad=p.requires_grad) for p in params]
+
+def like(p, values):
+    "`values` in the memory layout of `p`"
+    res = torch.empty_like(p, memory_format=torch.preserve_format).detach()
+    return res.copy_(values)
+
+@lru_cache(4096)
+def _grad_values(shape, seed, i, j, spikes):
+    gen = torch.Generator().manual_seed(1_000_003*seed + 1009*i + j)
+    g = torch.randn(shape, generator=gen, dtype=torch.float64) + .25
+    if i in spikes: g = g*1e3
+    if g.numel()>2: g.view(-1)[1] = 0. # an element that never gets a gradient
+    return g
+
+class GradStream:
+    "A seeded gradient for step `i` of parameter `j`: the same values for every mode, dtype and layout"
+    def __init__(self, seed=0, spikes=()): self.seed,self.spikes = seed,tuple(spikes)
+    def values(self, p, i, j): return _grad_values(tuple(p.shape), self.seed, i, j, self.spikes)
+    def set(self, params, i, skip=()):
+        "Give each parameter but those at positions `skip` a new gradient tensor"
+        for j,p in enumerate(params):
+            p.grad = None if j in skip or not p.requires_grad else like(p, self.values(p, i, j).to(p.dtype))
+
+def two_groups(params):
+    "Two layer groups, as fastai's splitters make them"
+    n = len(params)//2
+    return [params[:n], params[n:]]
+
+# ---------------------------------------------------------------- running
+def snapshot(params, opt, grads=False):
+    "Copies of the parameters, of the whole `state_dict`, and of the grads when asked"
+    res = dict(params=[p.detach().clone() for p in params], opt=detach_copy(opt.state_dict()))
+    if grads: res['grads'] = [None if p.grad is None else p.grad.detach().clone() for p in params]
+    return res
+
+def detach_copy(o):
+    "A deep copy in plain containers, which later steps can't touch"
+    if isinstance(o, torch.Tensor): return o.detach().clone()
+    if isinstance(o, Mapping): return {k: detach_copy(v) for k,v in o.items()}
+    if isinstance(o, (list, tuple, L)): return [detach_copy(v) for v in o]
+    return copy.deepcopy(o)
+
+def run_trajectory(opt_func, n=25, dtype=torch.float32, scenario=None, seed=0, params=None, groups=two_groups, at=None, spikes=(), grads=True):
+    """Make parameters and `opt_func(groups(params))`, take `n` steps on the seeded stream and return snapshots after the steps in `at`.
+    `scenario(i, opt, params, stream)` sets up step `i`, gradients included; without one, each parameter gets a gradient."""
+    params = make_params(dtype=dtype, seed=seed) if params is None else params
+    opt,stream = opt_func(groups(params)),GradStream(seed, spikes)
+    at = range(n) if at is None else at
+    res = {}
+    for i in range(n):
+        if scenario is None: stream.set(params, i)
+        else: scenario(i, opt, params, stream)
+        opt.step()
+        if i in at: res[i] = snapshot(params, opt, grads)
+    return res
+
+@contextmanager
+def unchanged(params, opt):
+    "Fail if the block changes a weight, its storage, or the optimizer's state"
+    before = detach_copy([p.data for p in params]),detach_copy(opt.state_dict()),[p.data_ptr() for p in params]
+    yield
+    assert_bitwise([p.data for p in params], before[0], 'params')
+    assert_bitwise(detach_copy(opt.state_dict()), before[1], 'state_dict')
+    assert [p.data_ptr() for p in params] == before[2]

@@ -1,0 +1,247 @@
+"The benchmark: what its results look like, that contestants take turns, that whoever is missing is a line, and its arithmetic by hand"
+import json, os, subprocess, sys, time
+from pathlib import Path
+
+import pytest, torch
+from torch import nn
+
+from fastxtend_opt.tools import benchmark as B
+from fastxtend_opt.tools.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(tiny=[(0,1,(16,8)), (0,0,(16,)), (1,1,(4,16)), (1,0,(4,))])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+@pytest.fixture(scope='module')
+def result(): return B.bench_steps(TINY, ('adam','sgd'), (), ('torch',), ('one','groups'), rounds=4, warmup=1, progress=False)
+
+
+def test_structure(result):
+    assert {'format','kind','machine','rows','missing','orders','rounds','warmup'} <= set(result)
+    assert len(result['rows'])==2*2*5 and len(result['orders'])==4
+    for r in result['rows']:
+        assert r['step']['n']==4
+        assert 0 < r['step']['min'] <= r['step']['q1'] <= r['step']['median'] <= r['step']['q3']
+        assert r['step_zero']['median'] >= r['step']['min']
+        assert (r['tensors'],r['elements'])==(4, 128+16+64+4)
+        assert r['gbps']==pytest.approx(r['bytes_per_element']*r['elements']/(r['step']['median']*1e6))
+    base = [r for r in result['rows'] if r['contestant']=='fastai native']
+    assert len(base)==4 and all(r['vs_fastai']==1 for r in base)
+    limits = [r for r in result['rows'] if r['contestant']=='memory limit']
+    assert len(limits)==4 and all(r['of_limit']==1 for r in limits)
+
+
+def test_plain_types(result): assert json.loads(json.dumps(result))==result
+
+
+def test_turns(monkeypatch):
+    "Every contestant steps once a round, and each round starts with another one"
+    log = []
+    class Opt:
+        state = {}
+        def __init__(self, name): self.name = name
+        def step(self): log.append(self.name)
+        def zero_grad(self): log.append(self.name+' zero')
+    cs = [B.Contestant('torch', k, lambda pset, lr, k=k: Opt(k)) for k in 'abc']
+    monkeypatch.setattr(B, 'contestants', lambda *a, **k: (cs, []))
+    res = B.bench_case(TINY['tiny'], rounds=4, warmup=0, limit=False)
+    log = [o for o in log[3:] if 'zero' not in o] # the first three are first steps
+    assert [''.join(log[i:i+3]) for i in range(0, 12, 3)]==['abc','bca','cab','abc']
+    assert res['order'][1]==['torch b', 'torch c', 'torch a']
+
+
+def test_gradients_come_back():
+    "A contestant's zero_grad must not leave the next one with zeros, or with none"
+    ps = B.ParamSet(TINY['tiny'])
+    want = [g.clone() for g in ps.grads]
+    for spoil in (lambda p: setattr(p, 'grad', None), lambda p: p.grad.zero_()):
+        for p in ps.params: spoil(p)
+        ps.restore()
+        for p,w in zip(ps.params, want): assert torch.equal(p.grad, w)
+
+
+def test_missing_peer_is_a_line(monkeypatch):
+    def gone(name): raise ImportError("No module named 'nobody'")
+    def broken(name): return [B.Contestant('torch', 'broken', lambda pset, lr: 1/0)]
+    class Bad:
+        state,n = {},0
+        def step(self):
+            Bad.n += 1
+            if Bad.n>2: raise RuntimeError('tired')
+        def zero_grad(self): pass
+    monkeypatch.setattr(B, 'bench_peers', dict(gone=gone, broken=broken, tired=lambda name: [B.Contestant('torch', 'tired', lambda pset, lr: Bad())]))
+    res = B.bench_steps(TINY, 'adam', (), ('gone','broken','tired'), rounds=3, warmup=0, limit=False, progress=False)
+    assert [r['contestant'] for r in res['rows']]==['fastai native']
+    assert {m['who']:m['why'] for m in res['missing']}=={'gone':"ImportError: No module named 'nobody'", 'torch broken':'ZeroDivisionError: division by zero',
+                                                         'torch tired':'RuntimeError: tired'}
+    assert "- gone (adam): ImportError: No module named 'nobody'" in B.report(res)
+
+
+def test_no_compiler_is_a_line(monkeypatch, tmp_path):
+    from fastxtend_opt.engine import build
+    monkeypatch.setattr(build, '_libs', {})
+    monkeypatch.setenv('CXX', '/nowhere/c++')
+    monkeypatch.setenv('FASTXTEND_OPT_CACHE', str(tmp_path))
+    res = B.bench_steps(TINY, 'adam', (), (), rounds=2, warmup=0, progress=False)
+    assert res['missing'][0]['who']=='memory limit' and 'no C++ compiler' in res['missing'][0]['why']
+    assert res['rows'][0]['of_limit'] is None and '–' in B.report(res)
+
+
+@pytest.mark.parametrize('n_state,kw,want', [
+    (0, {}, 12),                      # plain SGD: read p, g; write p
+    (1, {}, 20),                      # momentum or RMSProp: read p, g, s; write p, s
+    (2, {}, 28),                      # Adam: read p, g, m, v; write p, m, v
+    (2, dict(itemsize=2), 14),        # in bfloat16
+    (2, dict(reduction=True), 40),    # LAMB: reads p, m, v again
+    (1, dict(reduction=True), 28),    # LARC
+    (2, dict(slow_every=6), 28+8/6)]) # Ranger: slow weights read and written every sixth step
+def test_bytes(n_state, kw, want): assert B.step_bytes(n_state, **kw)==pytest.approx(want)
+
+
+@pytest.mark.parametrize('optimizer,want', [('sgd',20), ('rmsprop',20), ('adam',28), ('radam',28), ('qhadam',28), ('larc',28), ('lamb',40), ('ranger',28+8/6)])
+def test_bytes_of_real_states(optimizer, want):
+    "The count of states is that of the optimizer that ran"
+    rows = B.bench_case(TINY['tiny'], optimizer, (), (), rounds=1, warmup=0, limit=False)['rows']
+    assert rows[0]['bytes_per_element']==pytest.approx(want)
+
+
+@pytest.mark.parametrize('optimizer', ['adam','lamb','ranger'])
+def test_own_modes(optimizer):
+    res = B.bench_case(TINY['tiny'], optimizer, ('native','foreach','jit','fused'), (), 'groups', rounds=2, warmup=0)
+    assert not res['missing']
+    rows = {r['contestant']:r for r in res['rows']}
+    assert set(rows)=={'fastai native','memory limit', *(f'fastxtend_opt {m}' for m in ('native','foreach','jit','fused'))}
+    want = dict(adam=28, lamb=40, ranger=28+8/6)[optimizer]
+    assert all(r['bytes_per_element']==pytest.approx(28 if k=='memory limit' else want) for k,r in rows.items())
+
+
+def test_python_cost():
+    c = B.python_cost(rounds=2)
+    assert set(c['ms'])=={'1000 tensors, 1 groups','4000 tensors, 1 groups','1000 tensors, 101 groups'}
+    assert c['us_param']==pytest.approx((c['ms']['4000 tensors, 1 groups']-c['ms']['1000 tensors, 1 groups'])/3)
+    assert 0<c['us_param']<50 and 0<c['us_cohort']<5000
+
+
+def test_limit_touches_all_and_changes_nothing():
+    ps = B.ParamSet([(0,1,(33000,)), (0,1,(5,7))])
+    before,lim = [p.detach().clone() for p in ps.params],B.MemoryLimit(ps, 2)
+    lim.step()
+    assert all(torch.equal(a, p) for a,p in zip(before, ps.params))
+    assert sum(n for _,_,n in lim.chunks)==33035
+    lim.fn(lim.tab.ctypes.data, lim.chunks.ctypes.data, len(lim.chunks), lim.w, 1., 1) # k=1: every element of each stream gets its gradient added
+    for p,a,g,ss in zip(ps.params, before, ps.grads, lim.state):
+        assert torch.equal(p.detach(), a+g) and all(torch.equal(s, g) for s in ss)
+    with pytest.raises(ValueError, match='0 to 2 states'): B.MemoryLimit(ps, 3)
+
+
+def test_layer_groups_and_weight_decay():
+    "Norms and biases are left out of weight decay in both styles of optimizer"
+    ps = B.ParamSet(TINY['tiny'], 'groups')
+    assert [[tuple(p.shape) for p in g] for g in ps.lists()]==[[(16,8),(16,)], [(4,16),(4,)]]
+    assert [(g['weight_decay'],tuple(g['params'][0].shape)) for g in ps.torch_groups(.01)]==[(.01,(16,8)), (0.,(16,)), (.01,(4,16)), (0.,(4,))]
+    found,_ = B.contestants('adam', (), ('torch',))
+    opt = next(c for c in found if c.lib=='fastai').make(ps, 1e-3)
+    assert [opt.state[p].get('do_wd', True) for p in ps.params]==[True, False, True, False]
+    with pytest.raises(ValueError, match="'one' or 'groups'"): B.ParamSet(TINY['tiny'], 'two')
+
+
+def test_stored_shapes():
+    for name,m in B._shapes().items():
+        rows = B.model_rows(name)
+        assert len(rows)==m['tensors'] and sum(torch.Size(s).numel() for _,_,s in rows)==m['elements'], name
+        assert m['how'] and {d for _,d,_ in rows}=={0,1}
+    assert {'xresnet18','xresnet34','xresnet50','xresnet101','xse_resnext50','convnext_tiny','convnext_small','vit_s16','deberta_base','mlp2000'} <= set(B._shapes())
+    mlp = B.model_rows('mlp2000')
+    assert len(mlp)==4000 and mlp[:2]==[(0,1,(32,32)), (0,0,(32,))]
+
+
+def test_stored_shapes_are_the_models():
+    xresnet = pytest.importorskip('fastai.vision.models.xresnet')
+    m = xresnet.xresnet18()
+    assert [(d,s) for _,d,s in B.model_rows('xresnet18')]==[(d,s) for _,d,s in B.model_rows(m)]
+
+
+def test_any_module():
+    assert B.model_rows(nn.Sequential(nn.Linear(2,3), nn.LayerNorm(3)))==[(0,1,(3,2)), (0,0,(3,)), (0,0,(3,)), (0,0,(3,))]
+    with pytest.raises(ValueError, match="'resnet' is not one of mlp2000"): B.model_rows('resnet')
+
+
+def test_goals_by_hand():
+    def row(model, opt, who, ms, zero): return dict(model=model, layout='one', optimizer=opt, contestant=who, bytes_per_element=28, step=dict(median=ms), step_zero=dict(median=zero))
+    rows = [row('xresnet50', 'adam', *r) for r in (('fastai native',100.,110.), ('torch fused',22.,22.), ('fastxtend_opt fused',20.,24.), ('memory limit',16.,16.))]
+    gs = {(g['goal'],g['case']):g for g in B.goal_rows(dict(rows=rows, python=[dict(optimizer='adam', us_param=.5, us_cohort=200.)]))}
+    share = gs['of the memory limit','xresnet50 adam']
+    assert share['value']==.8 and not share['reached']
+    assert gs['of the memory limit, with zero_grad','xresnet50 adam']['value']==pytest.approx(16*32/28/24)
+    assert gs['x torch fused','xresnet50 adam']['value']==1.1 and gs['x torch fused','xresnet50 adam']['reached']
+    assert gs['x torch fused, with zero_grad','xresnet50 adam']['at_least']==.8
+    assert gs['x fastai','xresnet50 adam']['reached'] and gs['x fastai','mlp2000 adam']['reached'] is None
+    assert gs['Python, us a parameter','adam']['reached'] and not gs['Python, us a cohort','adam']['reached']
+
+
+def test_memory_of_a_step():
+    "torch's foreach keeps a temporary as large as the parameters, its fused step keeps none"
+    rows = [(0,1,(512,512))]*8
+    mem = {m:B.step_memory('adam', m, 'torch', rows) for m in ('foreach','fused')}
+    assert mem['fused']['params_kb']==8192 and mem['fused']['state_kb']==2*8192
+    assert mem['foreach']['peak_kb']>7000 and mem['fused']['peak_kb']<1500, mem
+    own = B.step_memory('adam', 'fused', model=rows)
+    assert own['peak_kb']<1500 and 0<own['tables_kb']<500, own
+
+
+def test_first_step_of_a_fresh_process():
+    f = B.first_step('sgd', 'fused')
+    assert f['cold_ms']>5*f['warm_ms'] and f['warm_ms']>=f['steady_ms']>0 # a compiler's run against a file that is there
+    with pytest.raises(RuntimeError, match='has no lamb here'): B.first_step('lamb', 'fused', 'torch')
+
+
+def test_files(result, tmp_path):
+    files = B.save_result(result, tmp_path)
+    assert [f.name for f in files]==['steps.json','steps.md','steps.png']
+    assert json.loads(files[0].read_text())==result
+    assert 'quartiles' in files[1].read_text() and files[2].read_bytes()[:4]==b'\x89PNG'
+
+
+def test_cli(tmp_path, capsys):
+    assert main(['bench','--models','mlp2000','--modes','--peers','--rounds','1','--warmup','0','--quiet','--threads','1','--out',str(tmp_path)])==0
+    out = capsys.readouterr().out
+    assert '2,000-layer MLP, adam, one group' in out and 'fastai native' in out
+    assert sorted(p.name for p in tmp_path.iterdir())==['steps.json','steps.md','steps.png']
+
+
+@pytest.mark.parametrize('argv,say', [
+    (['bench','--models','resnet','--quiet'], "'resnet' is not one of"),
+    (['bench','--peers','jax','--models','mlp2000','--quiet'], "'jax' is not one of torch"),
+    (['bench','--modes','quick'], "invalid choice: 'quick'"),
+    (['bench','--goals','--tables'], 'not allowed with'),
+    (['bench','--fast'], 'unrecognized arguments: --fast')])
+def test_cli_bad_arguments(argv, say, capsys):
+    try: rc = main(argv)
+    except SystemExit as e: rc = e.code
+    assert rc==2 and say in capsys.readouterr().err
+
+
+def test_help_imports_no_torch():
+    code = "import sys; sys.argv=['fastxtend-opt','bench','--help']\nfrom fastxtend_opt.tools.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    t = time.perf_counter()
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, stdout=subprocess.DEVNULL, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert time.perf_counter()-t < 2
+
+
+def test_python_m():
+    r = subprocess.run([sys.executable, '-m', 'fastxtend_opt', '--version'], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    from fastxtend_opt import __version__
+    assert r.stdout.strip()==__version__ and r.returncode==0
+
+
+def test_progress_bar(capsys):
+    B.bench_steps(TINY, 'adam', (), (), rounds=2, warmup=0, progress=True)
+    assert '100' in capsys.readouterr().out

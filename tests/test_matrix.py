@@ -1,0 +1,875 @@
+"""The matrix: every registered optimizer, in every mode, held against its native mode: parameters, state and grads.
+
+The cases are made from the registry: a new optimizer adds no code here. The default run takes each optimizer through all options at
+one scenario, and through all scenarios at one option; the whole product is marked slow.
+"""
+import copy,inspect,io,multiprocessing as mp,os,pickle,threading
+from functools import lru_cache,partial
+
+import numpy as np,pytest,torch
+import torch.nn.functional as F
+from fastai.optimizer import Optimizer,weight_decay,l2_reg,average_grad,average_sqr_grad,step_stat,adam_step,sgd_step,momentum_step,debias
+from torch import nn,tensor
+from fastxtend_opt.engine.registry import list_optimizers,get_optimizer
+from helpers import *
+
+ROWS = {o.name: o for o in list_optimizers()}
+NAMES = list(ROWS)
+N,AT = 25,(0,1,5,6,12,24) # 5: Ranger's first synchronisation; 6: RAdam's rectification has begun
+LR = 1e-2
+
+# ---------------------------------------------------------------- what an optimizer's options are, read off its signature
+def options(name):
+    "One dict of keywords an option beyond the defaults: flags flipped, `mom` off or on, coefficients that default to 0 set"
+    res = [{}]
+    for k,v in ROWS[name].hypers.items():
+        if k in ('wd','decouple_wd'): continue
+        if isinstance(v, bool): res.append({k: not v})
+        elif k=='mom': res.append({k: 0. if v else .9})
+        elif isinstance(v, float) and v==0.: res.append({k: .9})
+    return res
+
+def decays(name):
+    res = {'none': dict(wd=0.), 'decoupled': dict(wd=.1)}
+    if 'decouple_wd' in ROWS[name].hypers:
+        res['decoupled']['decouple_wd'],res['L2'] = True,dict(wd=.1, decouple_wd=False)
+    return res
+
+def opt_func(name, mode='native', **kw): return partial(ROWS[name].func, lr=LR, **kw, **flags(mode))
+
+# ---------------------------------------------------------------- scenarios: what happens before each step
+SCENARIOS = {}
+def scenario(f): SCENARIOS[f.__name__] = f; return f
+
+@scenario
+def plain(i, opt, params, stream): stream.set(params, i)
+
+@scenario
+def no_decay_on_some(i, opt, params, stream):
+    "As Learner's `wd_bn_bias=False`: set right after construction; and, for one tensor, taken back later"
+    if i==0:
+        for p in params[::2]: opt.state[p]['do_wd'] = False
+    if i==9: opt.state[params[0]]['do_wd'] = True
+    stream.set(params, i)
+
+@scenario
+def group_without_grads(i, opt, params, stream): stream.set(params, i, skip=range(len(params)//2))
+
+@scenario
+def late_and_vanishing(i, opt, params, stream):
+    "Grads that first come at step 2*j, and are away for a while"
+    stream.set(params, i, skip=[j for j in range(len(params)) if i < 2*j%7 or (8+j <= i < 12+j)])
+
+@scenario
+def no_grads_at_first(i, opt, params, stream): stream.set(params, i, skip=range(len(params)) if i < 2 else ())
+
+@scenario
+def freeze_unfreeze(i, opt, params, stream):
+    "As `learn.freeze()` and `unfreeze()`: grads of frozen tensors stay as zeros; `force_train` keeps one training; `clear_state` both times"
+    if i==0: opt.state[params[1]]['force_train'] = True
+    if i==6:  opt.freeze_to(1);  opt.clear_state()
+    if i==15: opt.unfreeze();    opt.clear_state()
+    if i>0: opt.zero_grad()
+    for j,p in enumerate(params):
+        if p.requires_grad:
+            g = like(p, stream.values(p, i, j).to(p.dtype))
+            if p.grad is None: p.grad = g
+            else: p.grad.add_(g)
+
+@scenario
+def discriminative(i, opt, params, stream):
+    if i==0:
+        opt.set_hyper('lr', slice(1e-4, 1e-2))
+        opt.set_hyper('wd', [.3, 0.])
+    if i==12: opt.set_hyper('lr', slice(1e-2))
+    stream.set(params, i)
+
+@scenario
+def scheduled(i, opt, params, stream):
+    "Hypers that change at each step: numpy scalars, ints, zero, in-place writes, and `mom`, which one-cycle sets on every algorithm"
+    x = i/(N-1)
+    if   i==3: opt.set_hyper('lr', 0)
+    elif i==4: opt.set_hyper('lr', 0.)
+    elif i%3==0: opt.set_hyper('lr', [np.float64(LR*(1.1-x))]) # a bare numpy scalar is a TypeError in fastai with fastcore 2.2.39
+    elif i%3==1: opt.set_hypers(lr=np.array([LR*.1, LR])*(1.1-x), mom=[np.float64(.95-.1*x)])
+    else:
+        for k,h in enumerate(opt.hypers): h['lr'],h['wd'] = np.float32(LR*(1.1-x)),.05*k + .01*i
+    if i%5==0: opt.set_hyper('mom', .85+.1*x)
+    if i==10: opt.set_hyper('wd', 0)
+    if i==13: opt.set_hyper('wd', [np.float64(.2)])
+    if i==11: opt.set_hyper('sqr_mom', [np.float64(.98)])
+    if i==14: opt.set_hyper('unknown_to_all', 3)
+    stream.set(params, i)
+
+@scenario
+def zero_grad_tensors(i, opt, params, stream):
+    "Whole gradients of zeros, from the first step for one tensor"
+    stream.set(params, i)
+    for j,p in enumerate(params):
+        if i%4==3 or j==2: p.grad.zero_()
+
+@scenario
+def spikes(i, opt, params, stream): GradStream(stream.seed, spikes=(7,19)).set(params, i)
+
+# ---------------------------------------------------------------- elementwise agreement in float64 and float32
+@lru_cache(24)
+def trajectory(name, mode, option, decay, dtype, scen):
+    kw = {**options(name)[option], **decays(name)[decay]}
+    torch.manual_seed(0)
+    return run_trajectory(opt_func(name, mode, **kw), N, dtype, SCENARIOS[scen], at=AT)
+
+def tolerance(dtype, scen):
+    "Relative to values of order 1, and with spikes to the thousands that cancel in the averages"
+    tol = TOL[dtype]
+    return {**tol, 'atol': tol['atol']*1e3} if scen=='spikes' else tol
+
+def check(name, mode, option, decay, dtype, scen):
+    got,ref = trajectory.__wrapped__(name, mode, option, decay, dtype, scen),trajectory(name, 'native', option, decay, dtype, scen)
+    for i in AT: assert_same(got[i], ref[i], **tolerance(dtype, scen), path=f'step {i}')
+
+DT = {'f32': torch.float32, 'f64': torch.float64}
+def product(): return [(n,o,d,t,s) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS]
+def is_default(n, o, d, t, s):
+    if o==0 and s=='no_decay_on_some': return True                      # each optimizer: decays x dtypes
+    if s=='plain': return t=='f64' and (d=='decoupled' or o==0)         # each option
+    return o==0 and d=='decoupled' and t=='f32'                         # each scenario
+def _id(c): return '-'.join(map(str, c))
+MATRIX = [pytest.param(*c, id=_id(c), marks=() if is_default(*c) else pytest.mark.slow) for c in product()]
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name,option,decay,dtype,scen', MATRIX)
+def test_equals_native(name, option, decay, dtype, scen, mode): check(name, mode, option, decay, DT[dtype], scen)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_state_is_what_the_row_says(name):
+    params = make_params([(3,)], big=False, channels_last=False)
+    opt = opt_func(name)(params)
+    GradStream().set(params, 0)
+    opt.step()
+    assert {k for k,v in opt.state[params[0]].items() if isinstance(v, torch.Tensor)} <= set(ROWS[name].state)
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_goes_downhill(name, mode):
+    "A quadratic with its minimum at 3: 60 steps come nearer"
+    p = nn.Parameter(torch.full((5,), 1., dtype=torch.float64))
+    opt = ROWS[name].func([p], lr=.05, wd=0., **flags(mode))
+    for _ in range(60):
+        p.grad = p.detach() - 3
+        opt.step()
+    assert (p.detach()-3).abs().max() < 1.9
+
+# ---------------------------------------------------------------- low precision
+def cast(o, dtype):
+    "A `state_dict` with its floating tensors in `dtype`"
+    if isinstance(o, torch.Tensor): return o.detach().clone().to(dtype) if o.is_floating_point() else o.detach().clone()
+    if isinstance(o, dict): return {k: cast(v, dtype) for k,v in o.items()}
+    if isinstance(o, (list,tuple,L)): return [cast(v, dtype) for v in o]
+    return copy.deepcopy(o)
+
+LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
+LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if (d=='decoupled') != (t=='f16') else pytest.mark.slow)
+            for n in NAMES for d in decays(n) for t in LOW]
+
+@pytest.mark.parametrize('name,decay,dtype', LOWCASES)
+def test_fused_low_precision_rounds_once(name, decay, dtype):
+    """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one ulp
+    off native's float32 step (two float32 sums near a rounding boundary), two where a reduction reads weights after their decay."""
+    kw,dtype,k = decays(name)[decay],LOW[dtype],1 if ROWS[name].kind=='elementwise' else 2
+    params,stream = make_params(dtype=dtype),GradStream(1)
+    opt = opt_func(name, 'fused', **kw)(two_groups(params))
+    opt.state[params[2]]['do_wd'] = False
+    for i in range(8):
+        stream.set(params, i)
+        twins = [nn.Parameter(p.detach().clone().float()) for p in params]
+        twin = opt_func(name, **kw)(two_groups(twins))
+        for p,q in zip(params, twins): q.grad = p.grad.clone().float()
+        twin.load_state_dict(cast(opt.state_dict(), torch.float32))
+        opt.step(); twin.step()
+        assert_ulps([p.detach() for p in params], [q.detach().to(dtype) for q in twins], k, f'step {i} params')
+        assert_ulps(detach_copy(opt.state_dict()), cast(twin.state_dict(), dtype), k, f'step {i}')
+
+@pytest.mark.parametrize('mode', ['foreach','jit'])
+@pytest.mark.parametrize('name,decay,dtype', LOWCASES)
+def test_low_precision_rounds_as_native(name, decay, dtype, mode):
+    "foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps (a reduction: one ulp a step)"
+    kw,dtype = decays(name)[decay],LOW[dtype]
+    a,b = (run_trajectory(opt_func(name, m, **kw), 3, dtype, no_decay_on_some) for m in (mode,'native'))
+    for i in a:
+        if ROWS[name].kind=='elementwise': assert_bitwise(a[i], b[i], f'step {i}')
+        else: assert_ulps(a[i], b[i], i+1, f'step {i}')
+
+# ---------------------------------------------------------------- checkpoints
+FASTAI_SAFE = [L, np.core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]] # as fastai/learner.py's load_model
+
+def through_file(sd):
+    "What `learn.save` and `learn.load` make of a state_dict"
+    f = io.BytesIO()
+    torch.save(sd, f)
+    f.seek(0)
+    with torch.serialization.safe_globals(FASTAI_SAFE): return torch.load(f, weights_only=True)
+
+def _trained(name, mode, n=8, dtype=torch.float64, **kw):
+    params,stream = make_params(dtype=dtype, big=False),GradStream(2)
+    opt = opt_func(name, mode, **kw)(two_groups(params))
+    opt.state[params[1]]['do_wd'] = False
+    for i in range(n):
+        late_and_vanishing(i, opt, params, stream)
+        opt.set_hyper('lr', [np.float64(LR*(1-i/20))])
+        opt.step()
+    return params,opt
+
+def _go_on(params, opt, n=6):
+    for i in range(100, 100+n):
+        GradStream(2).set(params, i)
+        opt.step()
+    return snapshot(params, opt)
+
+@pytest.mark.parametrize('dst', ALL_MODES)
+@pytest.mark.parametrize('src', ALL_MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_checkpoint_crosses_modes(name, src, dst):
+    "Saved in any mode, loaded in any other; bit-exact within a mode"
+    params,opt = _trained(name, src)
+    sd = through_file(opt.state_dict())
+    twins = copy_params(params)
+    new = opt_func(name, dst)(two_groups(twins))
+    GradStream(9).set(twins, 0) # it had a life before: what it knew must go
+    new.step()
+    for p,q in zip(params, twins): q.data.copy_(p.data)
+    new.load_state_dict(sd)
+    assert_bitwise(detach_copy(new.state_dict()), detach_copy(opt.state_dict()), 'right after loading')
+    a,b = _go_on(params, opt),_go_on(twins, new)
+    (assert_bitwise if src==dst else partial(assert_same, **TOL[torch.float64]))(b, a)
+
+def _tensors(o):
+    if isinstance(o, torch.Tensor): yield o
+    elif isinstance(o, dict):
+        for v in o.values(): yield from _tensors(v)
+    elif isinstance(o, (list,tuple,L)):
+        for v in o: yield from _tensors(v)
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_loading_leaves_its_argument_alone(name, mode):
+    params,opt = _trained(name, mode)
+    sd = opt.state_dict()
+    held,ids = detach_copy(sd),{t.data_ptr() for t in _tensors(sd) if t.numel()}
+    twins = copy_params(params)
+    new = opt_func(name, mode)(two_groups(twins))
+    new.load_state_dict(sd)
+    assert_bitwise(detach_copy(sd), held, 'argument after loading')
+    assert not ids & {t.data_ptr() for t in _tensors(new.state_dict()) if t.numel()}, 'a loaded tensor is the argument\'s own'
+    _go_on(twins, new)
+    new.set_hyper('lr', .5)
+    assert_bitwise(detach_copy(sd), held, 'argument after stepping the loaded optimizer')
+    new.load_state_dict(sd) # and can be loaded twice
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_state_dict_is_plain(name, mode):
+    "Only what `weights_only=True` takes, with a dict a parameter and a dict a group, in the order of parameters"
+    params,opt = _trained(name, mode)
+    sd = opt.state_dict()
+    assert len(sd['state'])==len(params) and len(sd['hypers'])==2
+    def walk(o):
+        if isinstance(o, dict):
+            for k,v in o.items(): assert isinstance(k, str); walk(v)
+        elif isinstance(o, (list,tuple,L)):
+            for v in o: walk(v)
+        else: assert o is None or isinstance(o, (bool,int,float,str,np.generic,torch.Tensor)), type(o)
+    walk(sd)
+    through_file(sd)
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_checkpoint_before_first_step_and_after_clear_state(name, mode):
+    "`lr_find` saves the state before the first step and restores it after many: everything learnt since must go"
+    params = make_params(dtype=torch.float64, big=False)
+    opt = opt_func(name, mode)(two_groups(params))
+    opt.state[params[1]]['do_wd'] = False
+    start,sd = [p.detach().clone() for p in params],through_file(opt.state_dict())
+    first = _go_on(params, opt)
+    for restore in (lambda: opt.load_state_dict(sd), opt.clear_state):
+        restore()
+        for p,q in zip(params, start): p.data.copy_(q)
+        assert_bitwise(_go_on(params, opt), first)
+    opt.clear_state()
+    cleared = through_file(opt.state_dict())
+    assert_bitwise(cleared['state'], detach_copy(sd['state']))
+    twins = copy_params(params)
+    for p,q in zip(twins, start): p.data.copy_(q)
+    new = opt_func(name, mode)(two_groups(twins))
+    new.load_state_dict(cleared)
+    assert_bitwise(_go_on(twins, new), first)
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_a_wrong_checkpoint_changes_nothing(name, mode):
+    params,opt = _trained(name, mode)
+    good = detach_copy(opt.state_dict())
+    def bad(f):
+        sd = copy.deepcopy(good)
+        f(sd)
+        return sd
+    def drop(k): return bad(lambda sd: sd.pop(k))
+    j = next(j for j,s in enumerate(good['state']) if any(isinstance(v, torch.Tensor) and v.ndim>1 for v in s.values())) if ROWS[name].state else None
+    wrong = [drop('state'), drop('hypers'), bad(lambda sd: sd['state'].pop()), bad(lambda sd: sd['hypers'].pop()), {}, [], None,
+             bad(lambda sd: sd['hypers'].__setitem__(0, 3.)), bad(lambda sd: sd['state'].__setitem__(0, None))]
+    if j is not None:
+        k = next(k for k,v in good['state'][j].items() if isinstance(v, torch.Tensor) and v.ndim>1)
+        wrong.append(bad(lambda sd: sd['state'][j].__setitem__(k, torch.zeros(2,2,2,2,2)))) # a tensor of another shape
+    for sd in wrong:
+        held = detach_copy(sd)
+        with unchanged(params, opt):
+            with pytest.raises((ValueError,TypeError,KeyError,AssertionError)): opt.load_state_dict(sd)
+        assert_same(detach_copy(sd), held)
+    params2,opt2 = copy_params(params),None
+    opt2 = opt_func(name, mode)(two_groups(params2))
+    opt2.load_state_dict(good)
+    assert_bitwise(_go_on(params, opt), _go_on(params2, opt2)) # and it still works
+
+# ---------------------------------------------------------------- what a step must leave alone
+@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_step_keeps_storage_and_objects(name, mode):
+    "Parameters keep their storage; so do state tensors, as far as native keeps them"
+    params = make_params(dtype=torch.float32, big=False)
+    opt,ref = opt_func(name, mode)(two_groups(params)),None
+    ptrs,ids = [p.data_ptr() for p in params],[id(p) for p in params]
+    for i in range(7):
+        GradStream().set(params, i)
+        versions,grads = [p._version for p in params],[(p.grad, p.grad.data_ptr()) for p in params]
+        opt.step()
+        assert [p.data_ptr() for p in params]==ptrs and [id(p) for p in params]==ids
+        assert [(id(p.grad), p.grad.data_ptr()) for p in params]==[(id(g),d) for g,d in grads]
+        if name != 'larc': # zero-norm tensors of LARC may not move
+            assert all(p._version>v for p,v in zip(params, versions) if p.numel()), 'autograd must see the in-place change'
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+def test_autograd_sees_the_step(mode):
+    "A graph made before the step must refuse to run after it"
+    p = nn.Parameter(torch.ones(4))
+    opt = opt_func('adam', mode)([p])
+    p.grad = torch.ones(4)
+    loss = (p**2).sum()
+    opt.step()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_l2_adds_nothing_where_do_wd_is_false(name, mode):
+    "fastxtend's foreach added 1.0 times the weight"
+    if 'L2' not in decays(name): pytest.skip('no L2')
+    params,free = (make_params(dtype=torch.float64, big=False) for _ in range(2))
+    opt,ref = opt_func(name, mode, wd=.3, decouple_wd=False)(two_groups(params)),opt_func(name, wd=0., decouple_wd=False)(two_groups(free))
+    for o in (opt.state[p] for p in params): o['do_wd'] = False
+    if ROWS[name].kind=='reduction' and name=='larc': ref.set_hyper('wd', .3) # LARC keeps wd in its denominator
+    for o in (ref.state[p] for p in free): o['do_wd'] = False
+    for i in range(8):
+        GradStream().set(params, i); GradStream().set(free, i)
+        g = [p.grad.clone() for p in params]
+        opt.step(); ref.step()
+        assert_bitwise([p.grad for p in params], g, 'grads')
+        assert_same([p.detach() for p in params], [p.detach() for p in free], **TOL[torch.float64])
+
+@pytest.mark.parametrize('mode', MODES)
+def test_grad_is_left_as_native_leaves_it(mode):
+    "L2 writes into `p.grad`, decoupled decay does not: all modes do what native does"
+    for kw in (dict(wd=.3, decouple_wd=False), dict(wd=.3), dict(wd=0.)):
+        a,b = (run_trajectory(opt_func('adam', m, **kw), 3, torch.float64, no_decay_on_some) for m in (mode,'native'))
+        for i in a: assert_same(a[i]['grads'], b[i]['grads'], **TOL[torch.float64])
+        stream,fresh = GradStream(),make_params(dtype=torch.float64)
+        if kw['wd']==0. or 'decouple_wd' not in kw:
+            for i in a: assert_bitwise(a[i]['grads'], [stream.values(p, i, j) for j,p in enumerate(fresh)])
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+def test_zero_grad(mode):
+    params = make_params()
+    opt = opt_func('adam', mode)(two_groups(params))
+    GradStream().set(params, 0, skip=(1,))
+    grads = [p.grad for p in params]
+    opt.zero_grad()
+    assert all(p.grad is g for p,g in zip(params, grads)) and params[1].grad is None
+    assert all((g==0).all() for g in grads if g is not None)
+    if mode=='native': return
+    GradStream().set(params, 0)
+    params[0].grad = (params[0]*2).sum().clone().detach().requires_grad_(False)
+    opt.zero_grad(set_to_none=True)
+    assert all(p.grad is None for p in params)
+    opt.zero_grad(set_to_none=False); opt.step() # nothing to do, no error
+    GradStream().set(params, 1)
+    opt.step()
+
+@pytest.mark.parametrize('mode', MODES)
+def test_zero_grad_detaches(mode):
+    "A grad that is part of a graph is cut off, as fastai does"
+    p = nn.Parameter(torch.ones(3))
+    opt = opt_func('sgd', mode)([p])
+    torch.autograd.grad((p**3).sum(), p, create_graph=True)
+    (p**3).sum().backward(create_graph=True)
+    assert p.grad.grad_fn is not None
+    opt.zero_grad()
+    assert p.grad.grad_fn is None and not p.grad.requires_grad and (p.grad==0).all()
+
+@pytest.mark.parametrize('mode', MODES)
+def test_optimizer_is_truthy_and_has_fastais_interface(mode):
+    params = make_params(big=False)
+    opt = opt_func('adam', mode)(two_groups(params))
+    assert opt and isinstance(opt, Optimizer) and not hasattr(type(opt), '__len__')
+    assert len(opt.param_lists)==2 and len(opt.hypers)==2 and opt.frozen_idx==0
+    assert [len(o['params']) for o in opt.param_groups]==[len(o) for o in opt.param_lists]
+    assert len(opt.all_params())==len(params) and len(opt.all_params(with_grad=True))==0
+    assert opt.state[params[0]]=={} # missing dicts are made
+    opt.state[params[0]]['do_wd'] = False
+    assert opt.all_params()[0][2]['do_wd'] is False
+    other = nn.Parameter(torch.ones(2)) # Learner writes `do_wd` for parameters that are not in the optimizer, too
+    opt.state[other]['do_wd'] = False
+    GradStream().set(params, 0)
+    opt.step()
+    assert len(opt.state_dict()['state'])==len(params)
+
+@pytest.mark.parametrize('mode', MODES)
+def test_param_lists_can_be_replaced(mode):
+    "NonNativeMixedPrecision swaps in float32 masters and moves the state over"
+    res = []
+    for m in (mode,'native'):
+        params = make_params(dtype=torch.float32, big=False)
+        opt = opt_func('adam', m)(two_groups(params))
+        for i in range(6):
+            if i==3:
+                new = copy_params(params)
+                for p,q in zip(params, new): opt.state[q] = opt.state.pop(p)
+                opt.param_lists,params = L(L(o) for o in two_groups(new)),new
+            GradStream().set(params, i)
+            opt.step()
+        res.append(snapshot(params, opt))
+    assert_same(*res, **TOL[torch.float32])
+
+# ---------------------------------------------------------------- steppers that users write
+def s_temporaries(p, lr, **kwargs):
+    u = (p.grad.data*2 + p.data/3 - 1).abs() + .5
+    v = -u + 1/u - (2-u)
+    p.data.sub_(v*lr)
+
+def s_out_of_place(p, lr, mom, avg=None, **kwargs):
+    if avg is None: avg = torch.zeros_like(p.data)
+    avg = avg*mom + p.grad.data*(1-mom)
+    p.data.add_(avg, alpha=-lr)
+    return {'avg': avg}
+s_out_of_place.defaults = dict(mom=.8)
+
+def s_init_from_p(p, lr, slow=None, **kwargs):
+    if slow is None: slow = p.data.clone()
+    p.data.add_(p.grad.data, alpha=-lr)
+    slow.lerp_(p.data, .25)
+    p.data.copy_(slow)
+    return {'slow': slow}
+
+def s_init_from_g2(p, lr, eps, sq=None, **kwargs):
+    g = p.grad.data
+    if sq is None: sq = g**2
+    else: sq.mul_(.9).addcmul_(g, g, value=.1)
+    p.data.addcdiv_(g, sq.sqrt() + eps, value=-lr)
+    return {'sq': sq}
+s_init_from_g2.defaults = dict(eps=1e-3)
+
+def s_prior(p, lr, prior=None, **kwargs):
+    g = p.grad.data
+    d = torch.zeros_like(g) if prior is None else g - prior
+    p.data.sub_((g + d*.5)*lr)
+    return {'prior': g.clone()}
+
+def s_functions(p, lr, **kwargs):
+    g,w = p.grad.data,p.data
+    u = torch.where(g*w>0, g, g*.5).clamp(-1,1) + torch.sign(w)*.1 + w.abs().sqrt() + torch.exp(-g.abs()) + torch.log(w.abs()+1)
+    u = u + (w.abs()+.1).pow(.3) + torch.lerp(w, g, .2) + torch.maximum(w, g)*.1 + torch.minimum(w, g)*.2 + (w.abs()+.2).rsqrt() + g**3*1e-3
+    p.data.add_(u, alpha=-lr)
+
+def s_masks(p, lr, m=None, **kwargs):
+    g = p.grad.data
+    m = torch.zeros_like(g) if m is None else m
+    m.mul_(.9).add_(g, alpha=.1)
+    mask = (m*g > 0).to(g.dtype)
+    p.data.sub_(m*mask*lr)
+    return {'m': m}
+
+def s_comparisons(p, lr, **kwargs):
+    g,w = p.grad.data,p.data
+    u = torch.where(g>=w, g, w) + torch.where(g<.1, 1., g) + torch.where(w<=0, w, 2*w) + torch.where(g==0, w, torch.zeros_like(w))
+    p.data.sub_(u*lr)
+
+def s_softplus(p, lr, **kwargs): p.data.sub_(F.softplus(p.grad.data, 2.)*lr)
+
+def s_inplace_chain(p, lr, **kwargs): p.data.mul_(1-lr).add_(1e-3).sub_(p.grad.data, alpha=lr).clamp_(-2,2)
+
+def s_clips_grad(p, lr, **kwargs):
+    p.grad.data.clamp_(-.5,.5)
+    p.data.add_(p.grad.data, alpha=-lr)
+
+def s_scales_grad(p, **kwargs): p.grad.data.mul_(.5).add_(p.data, alpha=.1)
+
+def s_norms(p, lr, eps, **kwargs):
+    g = p.grad.data
+    p.data.sub_(g/(g.norm() + eps)*(torch.norm(p.data) + .1)*lr)
+s_norms.defaults = dict(eps=1e-6)
+
+def s_reductions(p, lr, **kwargs):
+    g,w = p.grad.data,p.data
+    u = (g - g.mean())/(g.abs().amax() + 1) + w.sum()*1e-4 + w.pow(2).mean().sqrt()
+    p.data.sub_(u*lr)
+
+def s_two_phases(p, lr, avg=None, **kwargs):
+    "A reduction of what another reduction made, and state between"
+    g = p.grad.data/(p.grad.data.norm() + 1)
+    avg = torch.zeros_like(g) if avg is None else avg
+    avg.mul_(.9).add_(g)
+    u = avg/(avg.pow(2).mean().sqrt() + .1)
+    p.data.add_(u, alpha=-lr)
+    return {'avg': avg}
+
+def s_scalar_state(p, lr, count=0, seen=0., **kwargs):
+    count,seen = count+1,.9*seen + lr
+    p.data.mul_(1-.01*seen).add_(p.grad.data, alpha=-lr/count**.5 if count>3 else -lr)
+    return {'count': count, 'seen': seen}
+
+def s_numpy_scalars(p, lr, **kwargs):
+    a,b = np.float64(lr),np.float32(.25)
+    p.data.sub_(p.grad.data*a + a*p.data*b)
+    p.data.add_(p.grad.data, alpha=np.float64(-lr))
+
+def s_scalar_tensor_state(p, lr, scale=None, **kwargs):
+    "State that is a number a tensor: the running norm of the gradient"
+    n = p.grad.data.norm()
+    scale = n if scale is None else scale*.9 + n*.1
+    p.data.sub_(p.grad.data/(scale + 1e-3)*lr)
+    return {'scale': scale}
+
+def s_plain_p(p, lr, **kwargs):
+    "`p` and `p.grad` without `.data`, under no_grad"
+    with torch.no_grad(): p.sub_(p.grad*lr + p*1e-3)
+
+class ClassStepper:
+    "Steppers need not be functions"
+    defaults = dict(scale=.5)
+    def __init__(self, power=2): self.power = power
+    def __call__(self, p, lr, scale, **kwargs): p.data.sub_(p.grad.data.abs()**self.power*scale*lr)
+
+def s_returns_self(p, lr, **kwargs): return p.data.add_(p.grad.data, alpha=-lr)
+
+def s_state_updated_twice(p, avg, **kwargs):
+    avg.add_(p.data, alpha=.01)
+    return {'avg': avg, 'avg2': avg*2}
+
+def s_extra_scalar(p, step, lr, **kwargs):
+    r = 1/step
+    if r<.2: p.data.mul_(1-lr)
+
+USERS = {
+    'temporaries': [s_temporaries], 'out_of_place_state': [s_out_of_place], 'state_from_p': [s_init_from_p], 'state_from_g2': [s_init_from_g2],
+    'prior_grad': [s_prior], 'functions': [s_functions], 'masks': [s_masks], 'comparisons': [s_comparisons], 'softplus': [s_softplus],
+    'inplace_chain': [s_inplace_chain], 'clips_grad': [s_clips_grad], 'scales_grad': [s_scales_grad, average_grad, momentum_step],
+    'norms': [s_norms], 'reductions': [s_reductions], 'two_phases': [s_two_phases],
+    'scalar_state': [s_scalar_state], 'numpy_scalars': [s_numpy_scalars], 'scalar_tensor_state': [s_scalar_tensor_state], 'plain_p': [s_plain_p],
+    'class': [ClassStepper()], 'class3': [ClassStepper(3)], 'returns_tensor': [s_returns_self], 'closure': [lambda p, lr, **kwargs: p.data.sub_(p.grad.data*(lr/2))],
+    'chain': [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step, s_extra_scalar],
+    'state_made_by_another': [s_out_of_place, s_state_updated_twice], 'partial': [partial(s_out_of_place, mom=.3)], 'fastai_sgd': [l2_reg, sgd_step]}
+REDUCES = ('norms','reductions','two_phases','scalar_tensor_state')
+
+def engine(mode):
+    if mode=='native': return Optimizer
+    from fastxtend_opt.engine import optimizer as o
+    return dict(foreach=o.ForEachOptimizer, jit=o.JitOptimizer, fused=o.FusedOptimizer)[mode]
+
+def run_user(user, mode, dtype, scen=plain, n=8, shapes=tuple(s for s in SHAPES if 0 not in s)):
+    params = make_params(shapes, dtype=dtype) # amax of nothing is an error in torch: no empty tensors
+    return run_trajectory(lambda ps: engine(mode)(ps, USERS[user], lr=.05), n, dtype, scen, params=params)
+
+@pytest.mark.parametrize('dtype', [pytest.param('f32', marks=pytest.mark.slow), 'f64'])
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('user', list(USERS))
+def test_users_steppers(user, mode, dtype):
+    got,ref = (run_user(user, m, DT[dtype], late_and_vanishing) for m in (mode,'native'))
+    for i in got: assert_same(got[i], ref[i], **TOL[DT[dtype]], path=f'step {i}')
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('user', [o for o in USERS if o not in REDUCES])
+def test_users_steppers_on_empty_tensors(user, mode):
+    got,ref = (run_user(user, m, torch.float64, shapes=((0,),(3,0),(2,))) for m in (mode,'native'))
+    for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], path=f'step {i}')
+
+@pytest.mark.parametrize('mode', MODES)
+def test_step_passes_extra_keywords_to_steppers(mode):
+    p = nn.Parameter(torch.ones(3))
+    seen = []
+    def s(p, lr, boost=1., **kwargs):
+        seen.append(boost)
+        p.data.add_(p.grad.data, alpha=-lr*boost)
+    opt = engine(mode)([p], [s], lr=.1)
+    p.grad = torch.ones(3)
+    opt.step(boost=3.)
+    assert_same(p.detach(), torch.full((3,), .7), rtol=1e-6)
+    opt.step()
+    assert_same(p.detach(), torch.full((3,), .6), rtol=1e-6)
+    assert set(seen)=={3.,1.} and 'boost' not in opt.hypers[0]
+
+# ---------------------------------------------------------------- difficult values and layouts
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_inf_and_nan_grads(name, mode):
+    "A poisoned element spreads as far as native lets it spread, and no further"
+    def poison(i, opt, params, stream):
+        stream.set(params, i)
+        for j,(k,v) in enumerate([(2,float('inf')), (3,float('nan')), (4,-float('inf'))]):
+            if i==2+j: params[2+j].grad.view(-1)[k] = v if params[2+j].numel()>k else 0
+        if i==6:
+            for p in params: p.grad.contiguous().view(-1)[:1] = 0
+    def run(m):
+        ps = make_params(((), (9,), (33,), (17,5), (8,4,3,3)), dtype=torch.float64)
+        return run_trajectory(opt_func(name, m), 8, torch.float64, poison, params=ps)
+    got,ref = run(mode),run('native')
+    for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], equal_nan=True, path=f'step {i}')
+    assert any(o.isnan().any() for o in ref[7]['params'])
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_float_range(name, mode):
+    "Very small and very large gradients: denormals are not flushed, overflow gives the same infinities"
+    scales = [1e-42, 1e-30, 1e-20, 1e15, 1e25, 1e37, 1e-38, 1.]
+    def extreme(i, opt, params, stream):
+        for j,p in enumerate(params): p.grad = (stream.values(p, i, j)*scales[(i+j)%8]).to(p.dtype)
+    def run(m): return run_trajectory(opt_func(name, m), 8, torch.float32, extreme, params=make_params(((9,),(5,4),(33,)), channels_last=False, big=False))
+    got,ref = run(mode),run('native')
+    for i in got:
+        for j,(a,b) in enumerate(zip(got[i]['params'], ref[i]['params'])):
+            lim = b.abs()[b.isfinite()].max().item() if b.isfinite().any() else 1.
+            assert_same(a, b, rtol=2e-5, atol=2e-6*lim, equal_nan=True, path=f'step {i} param {j}')
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['sgd','adam','lamb','ranger'])
+def test_groups_and_tensors_of_different_dtypes(name, mode):
+    dts = [torch.float32, torch.float64, torch.float32, torch.bfloat16]
+    def run(m):
+        ps = [nn.Parameter(p.detach().to(dts[j%4])) for j,p in enumerate(make_params(dtype=torch.float64, big=False))]
+        return run_trajectory(opt_func(name, m), 6, None, plain, params=ps, at=range(3 if name=='lamb' else 6))
+    got,ref = run(mode),run('native')
+    for i in got:
+        for j,(a,b) in enumerate(zip(got[i]['params'], ref[i]['params'])):
+            if a.dtype==torch.bfloat16: # fused rounds once a step where native rounds at each operation
+                assert_same(a, b, rtol=(i+1)*2**-7, atol=(i+1)*2**-8, path=f'step {i} param {j}')
+            else: assert_same(a, b, **TOL[a.dtype], path=f'step {i} param {j}')
+        assert [{k: getattr(v,'dtype',type(v)) for k,v in o.items()} for o in got[i]['opt']['state']] \
+            == [{k: getattr(v,'dtype',type(v)) for k,v in o.items()} for o in ref[i]['opt']['state']]
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['adam','ranger','sgd'])
+@pytest.mark.parametrize('to', [torch.bfloat16, torch.float16, torch.float64])
+def test_model_cast_after_some_steps(name, mode, to):
+    "`model.half()` and the like: param and grad in another dtype than the state, which native promotes"
+    def casting(i, opt, params, stream):
+        if i==3:
+            for p in params: p.data = p.data.to(to)
+        stream.set(params, i)
+    def run(m): return run_trajectory(opt_func(name, m), 5, torch.float32, casting, params=make_params(big=False))
+    try: ref = run('native')
+    except RuntimeError as e: pytest.skip(f'native can not: {e}')
+    got = run(mode)
+    for i in got:
+        tol = TOL[torch.float32] if i<3 or to==torch.float64 else dict(rtol=(i-2)*2*torch.finfo(to).eps, atol=(i-2)*torch.finfo(to).eps)
+        assert_same(got[i]['params'], ref[i]['params'], **tol, path=f'step {i}')
+        assert [{k: getattr(v,'dtype',type(v)) for k,v in o.items()} for o in got[i]['opt']['state']] \
+            == [{k: getattr(v,'dtype',type(v)) for k,v in o.items()} for o in ref[i]['opt']['state']]
+
+def _odd_layouts(dtype):
+    "Sliced, transposed, stepped, narrowed at an odd offset, 5-D channels_last: with the whole storage of each, to see what else is touched"
+    gen = torch.Generator().manual_seed(3)
+    r = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype)
+    bases = [r(12,9), r(7,5), r(40), r(100), r(2,3,4,5,6).contiguous(memory_format=torch.channels_last_3d), r(6,6,3,3)]
+    views = [bases[0][::2,1:6], bases[1].t(), bases[2][1::3], bases[3][3:90], bases[4], bases[5].permute(1,0,2,3)]
+    return [nn.Parameter(v) for v in views],bases
+
+@pytest.mark.parametrize('grads', ['like', 'contiguous', 'expanded'])
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_memory_layouts(name, mode, grads):
+    "Parameters that are views of any stride, grads in their own layout or another, and nothing beside them touched"
+    def setter(i, opt, params, stream):
+        for j,p in enumerate(params):
+            v = stream.values(p, i, j).to(p.dtype)
+            if   grads=='like':       p.grad = like(p, v)
+            elif grads=='contiguous': p.grad = v.contiguous()
+            else:                     p.grad = v.flatten()[:1].reshape([1]*v.ndim).expand(v.shape) # as `sum().backward()` may leave it
+    def run(m):
+        params,bases = _odd_layouts(torch.float64)
+        return run_trajectory(opt_func(name, m), 7, torch.float64, setter, params=params),bases
+    (got,gb),(ref,rb) = run(mode),run('native')
+    for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], path=f'step {i}')
+    assert_same(gb, rb, **TOL[torch.float64], path='storage')
+
+@pytest.mark.parametrize('way', ['to_channels_last', 'to_contiguous', 'grads_other', 'grads_alternate'])
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_channels_last(name, mode, way):
+    "`ChannelsLast` turns parameters and grads, while state made before stays as it was"
+    cl = torch.channels_last
+    def turn(i, opt, params, stream):
+        if i==3 and way in ('to_channels_last','to_contiguous'):
+            fmt = cl if way=='to_channels_last' else torch.contiguous_format
+            for p in params:
+                if p.ndim==4: p.data = p.data.contiguous(memory_format=fmt)
+        stream.set(params, i)
+        for p in params:
+            if p.ndim==4 and (way=='grads_other' or (way=='grads_alternate' and i%2)): p.grad = p.grad.contiguous(
+                memory_format=torch.contiguous_format if p.is_contiguous(memory_format=cl) and not p.is_contiguous() else cl)
+    def run(m):
+        ps = make_params([(4,3,3,3),(5,7,1,1),(2,8,2,2),(6,)], dtype=torch.float64, big=False, channels_last=way!='to_channels_last')
+        if way=='to_contiguous': ps = [nn.Parameter(p.detach().contiguous(memory_format=cl) if p.ndim==4 else p.detach()) for p in ps]
+        return run_trajectory(opt_func(name, m), 8, torch.float64, turn, params=ps)
+    got,ref = run(mode),run('native')
+    for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], path=f'step {i}')
+
+@pytest.mark.parametrize('mode', MODES)
+def test_flat_buffer_views(mode):
+    "Parameters that are neighbouring views of one buffer, at unaligned offsets"
+    def run(m):
+        flat = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+        cuts = [0,1,4,11,300,301,999]
+        params = [nn.Parameter(flat[a:b]) for a,b in zip(cuts, cuts[1:])]
+        run_trajectory(opt_func('adam', m), 6, None, plain, params=params, at=())
+        return flat
+    a,b = run(mode),run('native')
+    assert_same(a, b, **TOL[torch.float32])
+    assert a[999]==torch.randn(1000, generator=torch.Generator().manual_seed(1))[999]
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['adam','lamb'])
+def test_many_tensors(name, mode):
+    def run(m):
+        ps = make_params([(1+j%13, 1+j%5) for j in range(500)], big=False, channels_last=False)
+        return run_trajectory(opt_func(name, m), 3, None, late_and_vanishing, params=ps, at=(2,))
+    assert_same(run(mode), run('native'), **TOL[torch.float32])
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('name', ['adam','lamb'])
+def test_only_empty_tensors(name, mode):
+    params = make_params([(0,),(0,4)], big=False, channels_last=False)
+    opt = opt_func(name, mode)(params)
+    for i in range(3):
+        GradStream().set(params, i)
+        opt.step()
+    assert opt.state[params[0]]['step']==3
+
+@pytest.mark.parametrize('mode', MODES)
+def test_subclassed_and_generator_params(mode):
+    "Parameters as a generator, one tensor alone, and as fastai's L of L"
+    from fastcore.all import L
+    for wrap in (iter, L, lambda o: L(L(o[:2]), L(o[2:]))):
+        params = make_params([(3,),(2,2),(4,)], big=False, channels_last=False)
+        opt = opt_func('adam', mode)(wrap(params))
+        GradStream().set(params, 0)
+        opt.step()
+        assert all(opt.state[p]['step']==1 for p in params)
+    p = nn.Parameter(torch.ones(3))
+    opt = opt_func('adam', mode)(p)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert opt.state[p]['step']==1
+
+# ---------------------------------------------------------------- copies
+@pytest.mark.parametrize('how', ['deepcopy','pickle'])
+@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('name', NAMES)
+def test_copies_of_an_optimizer(name, mode, how):
+    "A copy goes on as the original does, and neither touches the other"
+    params,opt = _trained(name, mode)
+    ps,new = copy.deepcopy((params,opt)) if how=='deepcopy' else pickle.loads(pickle.dumps((params,opt)))
+    held = snapshot(ps, new)
+    a = _go_on(params, opt)
+    assert_bitwise(snapshot(ps, new), held)
+    for p in ps: p.grad = None
+    assert_bitwise(_go_on(ps, new), a)
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+def test_opt_func_travels(mode):
+    "`learn.export` pickles the `opt_func`"
+    f = pickle.loads(pickle.dumps(get_optimizer('adam').factory(mom=.8, **flags(mode))))
+    p = nn.Parameter(torch.ones(2))
+    assert f([p], lr=.1).hypers[0]['mom']==.8
+
+# ---------------------------------------------------------------- threads and processes
+@pytest.mark.parametrize('name', ['adam','ranger','lamb','larc'])
+@pytest.mark.parametrize('mode', MODES)
+def test_thread_count_changes_no_bit(name, mode, threads):
+    def run(n):
+        threads(n)
+        return run_trajectory(opt_func(name, mode), 5, torch.float32, params=make_params([(70_000,),(3,5)], big=True))
+    one,two = run(1),run(2)
+    for i in one: assert_bitwise(two[i], one[i], f'step {i}')
+
+@pytest.mark.parametrize('mode', MODES)
+def test_thread_count_may_change_between_steps(mode, threads):
+    def change(i, opt, params, stream):
+        threads(1 + i%2)
+        stream.set(params, i)
+    a = run_trajectory(opt_func('adam', mode), 6, torch.float32, change)
+    threads(1)
+    b = run_trajectory(opt_func('adam', mode), 6, torch.float32)
+    assert_bitwise(a, b)
+
+@pytest.mark.parametrize('mode', MODES)
+def test_two_optimizers_in_two_threads(mode, threads):
+    names,res,errors = ['adam','lamb','ranger','sgd'],{},[]
+    ref = [run_trajectory(opt_func(n, mode), 20, torch.float32, late_and_vanishing, seed=k, at=(19,)) for k,n in enumerate(names)]
+    start = threading.Barrier(len(names))
+    def work(k):
+        try:
+            start.wait()
+            res[k] = run_trajectory(opt_func(names[k], mode), 20, torch.float32, late_and_vanishing, seed=k, at=(19,))
+        except Exception as e: errors.append(e)
+    ts = [threading.Thread(target=work, args=(k,)) for k in range(len(names))]
+    for t in ts: t.start()
+    for t in ts: t.join(120)
+    assert not errors and len(res)==len(names), errors
+    for k in range(len(names)): assert_bitwise(res[k], ref[k], names[k])
+
+def _child(q, params, opt, n):
+    try:
+        if n: torch.set_num_threads(n)
+        for i in (50,51):
+            GradStream(2).set(params, i)
+            opt.step()
+        q.put([p.detach().numpy().copy() for p in params])
+    except BaseException as e: q.put(repr(e))
+
+def _in_child(*args):
+    ctx = mp.get_context('fork')
+    q = ctx.Queue()
+    p = ctx.Process(target=_child, args=(q,*args))
+    p.start()
+    try: return q.get(timeout=60)
+    except Exception: pytest.fail('the forked child did not finish its steps in 60 s')
+    finally:
+        if p.is_alive(): p.join(5)
+        if p.is_alive(): p.kill()
+
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize('parent,child', [(1,1), (2,1), (2,2)])
+@pytest.mark.parametrize('when', ['before_first_step','after_first_step'])
+@pytest.mark.parametrize('mode', MODES)
+def test_forked_child_steps_too(mode, when, parent, child, threads):
+    "As a DataLoader's workers are forked from a process that has stepped, with threads or without; parent and child both go on"
+    threads(parent)
+    params = make_params([(50_000,),(3,5)], big=True)
+    opt = opt_func('adam', mode)(params)
+    if when=='after_first_step':
+        for i in range(2):
+            GradStream(2).set(params, i)
+            opt.step()
+    held = snapshot(params, opt)
+    res = _in_child(params, opt, child)
+    assert not isinstance(res, str), res
+    assert_bitwise(snapshot(params, opt), held, 'the parent')
+    for i in (50,51):
+        GradStream(2).set(params, i)
+        opt.step()
+    assert_bitwise(res, [p.detach().numpy() for p in params])

@@ -1,0 +1,284 @@
+"""Every algorithm against something that is not ours: the float64 references in `reference/`, fastai's functions, torch.optim, optimi, pytorch_optimizer.
+
+All trajectories: float64, 30 steps of an lr schedule that differs by group, two groups, a tensor excluded from decay, one whose gradients come
+late, an element whose gradient is always zero, and two gradient spikes of a thousand.
+"""
+import math
+import fastai.optimizer as fo,numpy as np,pytest,torch
+from torch import nn
+import reference as R
+from helpers import *
+
+N,SPIKES,LATE,NO_DECAY = 30,(7,19),3,1
+SHAPES_O = ((), (1,), (9,), (5,3), (4,3,2,2), (40,))
+TOL64 = TOL[torch.float64]
+
+# name: (reference from (theta, hypers, decay of this tensor), reference attribute of each state name, hypers of the cases)
+def _adam(o): return dict(beta1=o['mom'], beta2=o['sqr_mom'], eps=o['eps'])
+REFS = {
+    'sgd':     (lambda t,h,lam: R.SGD(t, h['mom'], lam, h['decouple_wd']), dict(grad_avg='v'), [dict(mom=0.), dict(mom=.9)]),
+    'rmsprop': (lambda t,h,lam: R.RMSProp(t, h['mom'], h['sqr_mom'], h['eps'], lam, h['decouple_wd']), dict(grad_avg='b', sqr_avg='mean_square'),
+                [dict(mom=0., sqr_mom=.99, eps=1e-8), dict(mom=.9, sqr_mom=.9, eps=1e-8)]),
+    'adam':    (lambda t,h,lam: R.Adam(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='m', sqr_avg='v', step='t'),
+                [dict(mom=.9, sqr_mom=.99, eps=1e-5), dict(mom=.5, sqr_mom=.999, eps=1e-8), dict(mom=0., sqr_mom=.9, eps=1e-3)]),
+    'radam':   (lambda t,h,lam: R.RAdam(t, **_adam(h), lam=lam, beta=h['beta'], decoupled=h['decouple_wd']), dict(grad_avg='m', sqr_avg='v', step='t'),
+                [dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=0.), dict(mom=.95, sqr_mom=.9, eps=1e-6, beta=0.),
+                 dict(mom=.9, sqr_mom=.5, eps=1e-6, beta=0.), # rho_inf = 3: never rectified
+                 dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=.03)]), # beta*den stays below 20, where softplus is exact
+    'qhadam':  (lambda t,h,lam: R.QHAdam(t, **_adam(h), nu1=h['nu_1'], nu2=h['nu_2'], lam=lam, decoupled=h['decouple_wd']),
+                dict(grad_avg='m', sqr_avg='v', step='t'),
+                [dict(mom=.999, sqr_mom=.999, nu_1=.7, nu_2=1., eps=1e-8), dict(mom=.9, sqr_mom=.99, nu_1=.8, nu_2=.6, eps=1e-4)]),
+    'larc':    (lambda t,h,lam: R.LARS(t, h['mom'], h['trust_coeff'], h['eps'], lam, h['clip'], h['decouple_wd'], denominator_lam=h['wd']),
+                dict(grad_avg='v', local_lr='local_lr'),
+                [dict(mom=.9, trust_coeff=.02, eps=1e-8, clip=True), dict(mom=.9, trust_coeff=.02, eps=1e-8, clip=False),
+                 dict(mom=.9, trust_coeff=50., eps=1e-8, clip=True), # large enough for the clip to bind
+                 dict(mom=0., trust_coeff=.001, eps=1e-4, clip=False)]),
+    'lamb':    (lambda t,h,lam: R.LAMB(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='m', sqr_avg='v', step='t'),
+                [dict(mom=.9, sqr_mom=.99, eps=1e-5), dict(mom=.8, sqr_mom=.999, eps=1e-8)]),
+    'ranger':  (None, dict(grad_avg='m', sqr_avg='v', step='t'),
+                [dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.), dict(mom=.9, sqr_mom=.9, eps=1e-5, k=5, alpha=.8, beta=.03)])}
+DECAYS = {'none': dict(wd=0., decouple_wd=True), 'decoupled': dict(wd=.1, decouple_wd=True), 'L2': dict(wd=.1, decouple_wd=False)}
+FASTAI = dict(sgd='SGD', rmsprop='RMSProp', adam='Adam', radam='RAdam', qhadam='QHAdam', larc='Larc', lamb='Lamb', ranger='ranger')
+CASES = [(n,i) for n,o in REFS.items() for i in range(len(o[2]))]
+
+def ours(name, **kw):
+    from fastxtend_opt.engine.registry import get_optimizer
+    return lambda params, lr: get_optimizer(name).func(params, lr=lr, **kw)
+
+def theirs(name, **kw): return lambda params, lr: getattr(fo, FASTAI[name])(params, lr=lr, **kw)
+
+def lrs_at(i):
+    "The two groups' learning rates at step `i`, warmed up and then cosine-annealed"
+    top = min(1., (i+1)/8)*.5*(1+math.cos(math.pi*i/N))
+    return [3e-3*top, 1e-2*top]
+
+def problem(zero_element=True, late=True, spikes=SPIKES):
+    "Parameters, their group, and the gradients (numpy, or None) of each step"
+    params = make_params(SHAPES_O, torch.float64, seed=11, big=False, channels_last=False)
+    group,stream = [0 if j < len(params)//2 else 1 for j in range(len(params))],GradStream(5, spikes)
+    gs = []
+    for i in range(N):
+        g = [stream.values(p, i, j).numpy().copy() for j,p in enumerate(params)]
+        if not zero_element:
+            for o in g: o[o==0] = .1
+        if late and i < LATE: g[-1] = None
+        gs.append(g)
+    return params,group,gs
+
+def set_grads(params, gs):
+    for p,g in zip(params, gs): p.grad = None if g is None else torch.tensor(g, dtype=p.dtype)
+
+def run_fastai(opt_func, params, group, gs, no_decay=NO_DECAY):
+    "Parameters after each step of a fastai-style optimizer, and the optimizer"
+    opt = opt_func([[p for p,o in zip(params,group) if o==k] for k in (0,1)], lr=1.)
+    if no_decay is not None: opt.state[params[no_decay]]['do_wd'] = False
+    res = []
+    for i,g in enumerate(gs):
+        set_grads(params, g)
+        opt.set_hyper('lr', lrs_at(i))
+        opt.step()
+        res.append([p.detach().numpy().copy() for p in params])
+    return res,opt
+
+def run_reference(name, hypers, params, group, gs, no_decay=NO_DECAY):
+    thetas = [p.detach().numpy().copy() for p in params]
+    lams = [0. if j==no_decay else hypers['wd'] for j in range(len(params))]
+    if name=='ranger':
+        h = hypers
+        look = R.Ranger(thetas, h['mom'], h['sqr_mom'], h['eps'], lams, h['k'], h['alpha'], h['beta'], h['decouple_wd'])
+        objs = look.inner
+    else:
+        objs = [REFS[name][0](t, hypers, lam) for t,lam in zip(thetas, lams)]
+    res = []
+    for i,g in enumerate(gs):
+        lr = [lrs_at(i)[k] for k in group]
+        if name=='ranger': look.step(g, lr)
+        else:
+            for o,x,l in zip(objs, g, lr):
+                if x is not None: o.step(x, l)
+        res.append([np.array(o.theta) for o in objs])
+    return res,objs
+
+def run_torch(make, params, group, gs, wd, no_decay=NO_DECAY):
+    "The same with an optimizer of torch's interface: a group a tensor, so that counters kept by group count as ours do"
+    opt = make([dict(params=[p], weight_decay=0. if j==no_decay else wd) for j,p in enumerate(params)])
+    res = []
+    for i,g in enumerate(gs):
+        set_grads(params, g)
+        for pg,k in zip(opt.param_groups, group): pg['lr'] = lrs_at(i)[k]
+        opt.step()
+        res.append([p.detach().numpy().copy() for p in params])
+    return res
+
+def distance(a, b, start):
+    "Largest difference between two trajectories' ends, relative to the way that `b` went"
+    d = max(np.abs(x-y).max() for x,y in zip(a[-1], b[-1]))
+    return d/max(np.abs(y-p.detach().numpy()).max() for y,p in zip(b[-1], start))
+
+@pytest.mark.parametrize('decay', list(DECAYS))
+@pytest.mark.parametrize('name,case', CASES)
+@pytest.mark.parametrize('source', ['fastai', 'ours'])
+def test_native_against_reference(source, name, case, decay):
+    h = {**REFS[name][2][case], **DECAYS[decay]}
+    params,group,gs = problem()
+    ref,objs = run_reference(name, h, params, group, gs)
+    got,opt = run_fastai((theirs if source=='fastai' else ours)(name, **h), params, group, gs)
+    for i,(a,b) in enumerate(zip(got, ref)): assert_same(a, b, **TOL64, path=f'step {i}')
+    for j,(p,o) in enumerate(zip(params, objs)):
+        for k,attr in REFS[name][1].items():
+            if k=='grad_avg' and h['mom']==0. and k not in opt.state[p]: continue # without momentum nothing is averaged
+            assert_same(np.asarray(opt.state[p][k], dtype=np.float64), np.asarray(getattr(o, attr), dtype=np.float64), **TOL64, path=f'{k} of tensor {j}')
+
+def test_every_registered_optimizer_has_an_oracle():
+    from fastxtend_opt.engine.registry import list_optimizers
+    assert {o.name for o in list_optimizers()} - {'lookahead'} <= set(REFS)
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+@pytest.mark.parametrize('decay', list(DECAYS))
+@pytest.mark.parametrize('name,case', CASES)
+def test_ours_against_fastai(name, case, decay, dtype):
+    "Native mode and fastai's own function, params and state (fastai's LARC keeps `local_lr` as a float where the clip binds)"
+    h = {**REFS[name][2][case], **DECAYS[decay]}
+    params,group,gs = problem()
+    runs = []
+    for make in (ours, theirs):
+        ps = [nn.Parameter(p.detach().to(dtype, copy=True)) for p in params]
+        runs.append((run_fastai(make(name, **h), ps, group, gs), ps))
+    (a,oa),pa = runs[0]; (b,ob),pb = runs[1]
+    # the spikes make momenta of 1e3, whose cancellation leaves 1e3 roundings of 1
+    tol = TOL64 if dtype==torch.float64 else dict(rtol=2e-5, atol=1e-5)
+    for i,(x,y) in enumerate(zip(a, b)): assert_same(x, y, **tol, path=f'step {i}')
+    tol = tol if dtype==torch.float64 else dict(rtol=2e-5, atol=1e-3)
+    for p,q in zip(pa, pb):
+        sa,sb = dict(oa.state[p]),dict(ob.state[q])
+        la,lb = sa.pop('local_lr', 0.),sb.pop('local_lr', 0.)
+        assert_same(float(la), float(lb), **tol)
+        assert_same(sa, sb, **tol)
+
+# ---------------------------------------------------------------- torch.optim, optimi, pytorch_optimizer
+def torch_sgd(h):     return lambda g: torch.optim.SGD(g, lr=1., momentum=h['mom'])
+def torch_adam(h):
+    f = torch.optim.AdamW if h['decouple_wd'] else torch.optim.Adam
+    return lambda g: f(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'])
+def torch_radam(h):   return lambda g: torch.optim.RAdam(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], decoupled_weight_decay=h['decouple_wd'])
+def torch_rmsprop(h): return lambda g: torch.optim.RMSprop(g, lr=1., momentum=h['mom'], alpha=h['sqr_mom'], eps=h['eps'])
+def optimi_radam(h):
+    import optimi
+    return lambda g: optimi.RAdam(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], decouple_wd=h['decouple_wd'], foreach=False)
+def optimi_adam(h):
+    import optimi
+    return lambda g: optimi.Adam(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], decouple_wd=h['decouple_wd'], foreach=False)
+def optimi_sgd(h):
+    import optimi
+    return lambda g: optimi.SGD(g, lr=1., momentum=h['mom'], decouple_wd=h['decouple_wd'], foreach=False)
+def optimi_ranger(h):
+    import optimi
+    return lambda g: optimi.Ranger(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], k=h['k'], alpha=h['alpha'], decouple_wd=h['decouple_wd'], foreach=False)
+def po(name, h, **kw):
+    pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
+    return lambda g: getattr(pytorch_optimizer, name)(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=h['decouple_wd'],
+                                                      foreach=False, **kw)
+def po_qhadam(h): return po('QHAdam', h, nus=(h['nu_1'],h['nu_2']))
+def po_radam(h):  return po('RAdam', h)
+def po_lamb(h):   return po('Lamb', h)
+
+ADAM,QH = dict(mom=.9, sqr_mom=.99, eps=1e-5),dict(mom=.9, sqr_mom=.99, nu_1=.8, nu_2=.6, eps=1e-4)
+AGREE = [('sgd', torch_sgd, dict(mom=0.), ('none','L2')), ('sgd', torch_sgd, dict(mom=.9), ('none','L2')), # torch's SGD has no decoupled decay
+         ('sgd', optimi_sgd, dict(mom=.9), tuple(DECAYS)),
+         ('adam', torch_adam, ADAM, tuple(DECAYS)), ('adam', optimi_adam, ADAM, tuple(DECAYS)),
+         ('rmsprop', torch_rmsprop, dict(mom=0., sqr_mom=.99, eps=1e-8), ('none','L2')),
+         ('radam', optimi_radam, dict(ADAM, beta=0.), tuple(DECAYS)),
+         ('ranger', optimi_ranger, dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.), tuple(DECAYS)),
+         ('qhadam', po_qhadam, QH, tuple(DECAYS))]
+# pytorch_optimizer's QHAdam keeps its debias weights in float32, so its float64 results are good to about 1e-7 only
+LOOSE = {po_qhadam: dict(rtol=1e-6, atol=1e-6)}
+
+@pytest.mark.parametrize('source', ['fastai', 'ours'])
+@pytest.mark.parametrize('name,peer,h,decay', [pytest.param(n, f, h, d, id=f'{f.__name__}-{"-".join(f"{k}{v}" for k,v in h.items())}-{d}')
+                                               for n,f,h,ds in AGREE for d in ds])
+def test_native_against_peer(source, name, peer, h, decay):
+    h = {**h, **DECAYS[decay]}
+    late = not peer.__name__.startswith('optimi') # optimi counts a group's steps, without gradients too
+    params,group,gs = problem(late=late)
+    theirs_,mine = copy_params(params),copy_params(params)
+    ref = run_torch(peer(h), theirs_, group, gs, h['wd'])
+    got,_ = run_fastai((theirs if source=='fastai' else ours)(name, **h), mine, group, gs)
+    for i,(a,b) in enumerate(zip(got, ref)): assert_same(a, b, **LOOSE.get(peer, TOL64), path=f'step {i}')
+
+def deviation(name, peer, h, **kw):
+    h = {**h, **DECAYS['none']}
+    params,group,gs = problem(late=False, **kw)
+    ref = run_torch(peer(h), copy_params(params), group, gs, h['wd'])
+    got,_ = run_fastai(theirs(name, **h), copy_params(params), group, gs)
+    return distance(ref, got, params)
+
+def test_torch_rmsprop_with_momentum_is_another_algorithm():
+    "torch accumulates the normalised gradient, fastai (and we) the raw one"
+    assert deviation('rmsprop', torch_rmsprop, dict(mom=.9, sqr_mom=.99, eps=1e-8)) > .05
+
+def test_torch_radam_differs_by_where_eps_stands():
+    "torch adds eps before the debiasing: seen with eps=1e-2, gone with eps=1e-30 (where no gradient is zero)"
+    assert deviation('radam', torch_radam, dict(mom=.9, sqr_mom=.99, eps=1e-2, beta=0.), spikes=()) > 1e-3
+    assert deviation('radam', torch_radam, dict(mom=.9, sqr_mom=.99, eps=1e-30, beta=0.), spikes=(), zero_element=False) < 1e-12
+
+def test_pytorch_optimizer_radam_does_not_move_at_first():
+    "It makes no step while the rectification is undefined, where the paper, torch and fastai take one of plain momentum"
+    assert deviation('radam', po_radam, dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=0.), spikes=()) > .05
+
+def test_pytorch_optimizer_lamb_is_another_variant():
+    "It clips the global gradient norm and the weight norm, and does not debias"
+    assert deviation('lamb', po_lamb, dict(mom=.9, sqr_mom=.99, eps=1e-5), spikes=()) > .05
+
+def test_fastai_drops_rmsprops_eps_and_ours_does_not():
+    h = dict(mom=0., sqr_mom=.9, eps=.1, **DECAYS['none'])
+    params,group,gs = problem()
+    ref,_   = run_reference('rmsprop', h, params, group, gs)
+    small,_ = run_reference('rmsprop', dict(h, eps=1e-8), params, group, gs)
+    upstream,_ = run_fastai(theirs('rmsprop', **h), copy_params(params), group, gs)
+    mine,_     = run_fastai(ours('rmsprop', **h), copy_params(params), group, gs)
+    for i in range(N):
+        assert_same(upstream[i], small[i], **TOL64)
+        assert_same(mine[i], ref[i], **TOL64)
+
+@pytest.mark.parametrize('source', ['fastai', 'ours'])
+def test_sadam_softplus_is_linear_beyond_its_threshold(source):
+    "torch's softplus returns x where beta*x > 20, which is 1e-9 of x from the formula: beta=10 puts spikes there, so 1e-8 holds and 1e-10 need not"
+    h = dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=10., **DECAYS['decoupled'])
+    params,group,gs = problem()
+    ref,_ = run_reference('radam', h, params, group, gs)
+    got,_ = run_fastai((theirs if source=='fastai' else ours)('radam', **h), params, group, gs)
+    for a,b in zip(got, ref): assert_same(a, b, rtol=1e-8, atol=1e-10)
+
+@pytest.mark.parametrize('source', ['fastai', 'ours'])
+@pytest.mark.parametrize('theta,g,q', [(np.zeros(4), np.ones(4), 1.), (np.full(4, 100.), np.full(4, 1.), 10.), (np.full(4, 2.), np.ones(4), 2.), (np.ones(4), np.zeros(4), 1.)])
+def test_lamb_trust_ratio_edges(source, theta, g, q):
+    "First step of LAMB on a constant tensor: r = g/(|g|+eps), so the step is lr*q with q = 1 where a norm is 0, else the ratio up to 10"
+    p = nn.Parameter(torch.tensor(theta))
+    opt = (theirs if source=='fastai' else ours)('lamb', wd=0., eps=1e-12)([p], lr=.1)
+    p.grad = torch.tensor(g)
+    opt.step()
+    assert_same(p.detach().numpy(), theta - (.1*q*np.sign(g)), rtol=1e-10, atol=1e-12)
+
+@pytest.mark.parametrize('source', ['fastai', 'ours'])
+def test_larc_zero_weights_never_move(source):
+    "||w||=0 makes the local rate 0, as in the paper's formula (timm takes 1 instead)"
+    p = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    opt = (theirs if source=='fastai' else ours)('larc')([p], lr=.1)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert torch.equal(p.detach(), torch.zeros(3, dtype=torch.float64))
+
+@pytest.mark.parametrize('source', ['fastai', 'ours'])
+def test_lookahead_synchronises_tensors_without_grads_and_counts_steps(source):
+    "fastai's behaviour: slow weights are copied at the first step, not at construction, and one count serves all tensors"
+    params = make_params([(3,),(2,)], torch.float64, big=False, channels_last=False)
+    opt = (theirs if source=='fastai' else ours)('ranger', k=2)([[params[0]],[params[1]]], lr=.1)
+    with torch.no_grad(): params[1].add_(1.)    # after construction, before the first step: part of the slow weights
+    slow = [p.detach().clone() for p in params]
+    params[0].grad = torch.ones_like(params[0])
+    opt.step()
+    with torch.no_grad(): params[1].add_(2.)    # moved by someone else in between: Lookahead pulls it half way back
+    params[0].grad = torch.ones_like(params[0])
+    opt.step()
+    assert_same(params[1].detach(), slow[1]+1., rtol=1e-12)
