@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'fastxtend_opt.engine.cpp._emit_values': ( 'engine/cpp.html#_emit_values',
                                                                                      'fastxtend_opt/engine/cpp.py'),
                                           'fastxtend_opt.engine.cpp._expr': ('engine/cpp.html#_expr', 'fastxtend_opt/engine/cpp.py'),
+                                          'fastxtend_opt.engine.cpp._inverse': ('engine/cpp.html#_inverse', 'fastxtend_opt/engine/cpp.py'),
                                           'fastxtend_opt.engine.cpp._scalar_stores': ( 'engine/cpp.html#_scalar_stores',
                                                                                        'fastxtend_opt/engine/cpp.py'),
                                           'fastxtend_opt.engine.cpp._used': ('engine/cpp.html#_used', 'fastxtend_opt/engine/cpp.py'),

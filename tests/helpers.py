@@ -88,6 +88,7 @@ def assert_bitwise(a, b, path=''):
     elif ka=='tensor':
         if (a.shape,a.dtype,a.device) != (b.shape,b.dtype,b.device): _fail(path, f'{a.shape, a.dtype} against {b.shape, b.dtype}')
         if not torch.equal(_bits(a), _bits(b)): _fail(path, f'{int((a!=b).sum())} of {a.numel()} values differ in some bit')
+    elif ka=='array': assert_bitwise(torch.from_numpy(np.array(a)), torch.from_numpy(np.array(b)), path)
     elif ka=='float' and np.float64(a).tobytes() != np.float64(b).tobytes(): _fail(path, f'{a!r} against {b!r}')
     elif ka!='float' and a != b: _fail(path, f'{a!r} against {b!r}')
 
@@ -98,19 +99,19 @@ def ulp(t):
     bits,low = _ULP[t.dtype]
     return torch.exp2((torch.frexp(t.double()).exponent - bits).clamp(min=low).double())
 
-def assert_ulps(a, b, n, path=''):
-    "Fail unless `a` and `b`, of one low-precision dtype, are at most `n` representable steps apart everywhere"
+def assert_ulps(a, b, n, atol=0., path=''):
+    "Fail unless `a` and `b`, of one low-precision dtype, are at most `n` representable steps apart everywhere, or `atol` where a step is smaller"
     if _kind(a)=='dict' and _kind(b)=='dict':
         if set(a) != set(b): _fail(path, f'keys {sorted(map(str,a))} against {sorted(map(str,b))}')
-        for k in a: assert_ulps(a[k], b[k], n, f'{path}[{k!r}]')
+        for k in a: assert_ulps(a[k], b[k], n, atol, f'{path}[{k!r}]')
     elif _kind(a)=='list' and _kind(b)=='list':
         if len(a) != len(b): _fail(path, f'length {len(a)} against {len(b)}')
-        for i,(x,y) in enumerate(zip(a,b)): assert_ulps(x, y, n, f'{path}[{i}]')
+        for i,(x,y) in enumerate(zip(a,b)): assert_ulps(x, y, n, atol, f'{path}[{i}]')
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.is_floating_point() and a.dtype==b.dtype and a.shape==b.shape:
         fin = a.isfinite()&b.isfinite()
         if not torch.equal(torch.where(fin, 0, a.double()).nan_to_num(nan=7), torch.where(fin, 0, b.double()).nan_to_num(nan=7)):
             _fail(path, 'inf or NaN in different places')
-        d = torch.where(fin, (a.double()-b.double()).abs()/torch.maximum(ulp(a), ulp(b)), 0.)
+        d = torch.where(fin, ((a.double()-b.double()).abs()-atol).clamp(min=0)/torch.maximum(ulp(a), ulp(b)), 0.)
         if d.numel() and d.max() > n:
             i = int(d.argmax())
             _fail(path, f'{int((d>n).sum())} of {d.numel()} values more than {n} ulp apart; worst {a.flatten()[i].item()!r} against '

@@ -3,10 +3,9 @@ import warnings
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Callback,noop
-from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model
+from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model,digits_splitter
 
 from helpers import flags
 
@@ -32,9 +31,9 @@ def dls(seed=1, dtype=torch.float32, bs=BS, n_train=N_TRAIN, **kwargs): return d
 
 def learner(name, mode, path=None, dtype=torch.float32, opt_kw=None, dls_kw=None, width=8, **kwargs):
     "A Learner with three parameter groups; the same weights and batches whatever the mode"
-    # a smooth activation: at ReLU's kink, rounding in the last bit can turn a unit on, and move a loss by 1e-4 whatever the optimizer does
-    data,model = dls(dtype=dtype, **(dls_kw or {})),digits_model(width, 1, seed=3, act_cls=nn.SiLU).to(dtype)
-    learn = digits_learner(opt_func(name, mode, **(opt_kw or {})), data, model, path=path, cbs=Record(), **kwargs)
+    # SiLU, `digits_model`'s default, matters: at ReLU's kink, rounding in the last bit can turn a unit on, and move a loss by 1e-4
+    data,model = dls(dtype=dtype, **(dls_kw or {})),digits_model(width, 1, seed=3).to(dtype)
+    learn = digits_learner(opt_func(name, mode, **(opt_kw or {})), data, model, path=path, splitter=digits_splitter, cbs=Record(), **kwargs)
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn

@@ -3,7 +3,7 @@
 The cases are made from the registry: a new optimizer adds no code here. The default run takes each optimizer through all options at
 one scenario, and through all scenarios at one option; the whole product is marked slow.
 """
-import copy,inspect,io,multiprocessing as mp,os,pickle,threading
+import copy,io,multiprocessing as mp,pickle,queue,threading
 from functools import lru_cache,partial
 
 import numpy as np,pytest,torch
@@ -174,8 +174,9 @@ LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if (d=='decoupled'
 @pytest.mark.parametrize('name,decay,dtype', LOWCASES)
 def test_fused_low_precision_rounds_once(name, decay, dtype):
     """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one ulp
-    off native's float32 step (two float32 sums near a rounding boundary), two where a reduction reads weights after their decay."""
-    kw,dtype,k = decays(name)[decay],LOW[dtype],1 if ROWS[name].kind=='elementwise' else 2
+    off native's float32 step, whose own sums may fall on the other side of a rounding boundary. Where a sum of values of order 1 cancels, its
+    float32 rounding (4 * 2**-24) is more than an ulp of what is left, hence the absolute part."""
+    kw,dtype,cancel = decays(name)[decay],LOW[dtype],4*2**-24
     params,stream = make_params(dtype=dtype),GradStream(1)
     opt = opt_func(name, 'fused', **kw)(two_groups(params))
     opt.state[params[2]]['do_wd'] = False
@@ -186,18 +187,16 @@ def test_fused_low_precision_rounds_once(name, decay, dtype):
         for p,q in zip(params, twins): q.grad = p.grad.clone().float()
         twin.load_state_dict(cast(opt.state_dict(), torch.float32))
         opt.step(); twin.step()
-        assert_ulps([p.detach() for p in params], [q.detach().to(dtype) for q in twins], k, f'step {i} params')
-        assert_ulps(detach_copy(opt.state_dict()), cast(twin.state_dict(), dtype), k, f'step {i}')
+        assert_ulps([p.detach() for p in params], [q.detach().to(dtype) for q in twins], 1, cancel, f'step {i} params')
+        assert_ulps(detach_copy(opt.state_dict()), cast(twin.state_dict(), dtype), 1, cancel, f'step {i}')
 
 @pytest.mark.parametrize('mode', ['foreach','jit'])
 @pytest.mark.parametrize('name,decay,dtype', LOWCASES)
 def test_low_precision_rounds_as_native(name, decay, dtype, mode):
-    "foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps (a reduction: one ulp a step)"
+    "foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps"
     kw,dtype = decays(name)[decay],LOW[dtype]
     a,b = (run_trajectory(opt_func(name, m, **kw), 3, dtype, no_decay_on_some) for m in (mode,'native'))
-    for i in a:
-        if ROWS[name].kind=='elementwise': assert_bitwise(a[i], b[i], f'step {i}')
-        else: assert_ulps(a[i], b[i], i+1, f'step {i}')
+    for i in a: assert_bitwise(a[i], b[i], f'step {i}')
 
 # ---------------------------------------------------------------- checkpoints
 FASTAI_SAFE = [L, np.core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]] # as fastai/learner.py's load_model
@@ -313,7 +312,8 @@ def test_a_wrong_checkpoint_changes_nothing(name, mode):
         f(sd)
         return sd
     def drop(k): return bad(lambda sd: sd.pop(k))
-    j = next(j for j,s in enumerate(good['state']) if any(isinstance(v, torch.Tensor) and v.ndim>1 for v in s.values())) if ROWS[name].state else None
+    j = (j for j,s in enumerate(good['state']) if any(isinstance(v, torch.Tensor) and v.ndim>1 for v in s.values()))
+    j = next(j, None)
     wrong = [drop('state'), drop('hypers'), bad(lambda sd: sd['state'].pop()), bad(lambda sd: sd['hypers'].pop()), {}, [], None,
              bad(lambda sd: sd['hypers'].__setitem__(0, 3.)), bad(lambda sd: sd['state'].__setitem__(0, None))]
     if j is not None:
@@ -343,12 +343,12 @@ def test_step_keeps_storage_and_objects(name, mode):
         opt.step()
         assert [p.data_ptr() for p in params]==ptrs and [id(p) for p in params]==ids
         assert [(id(p.grad), p.grad.data_ptr()) for p in params]==[(id(g),d) for g,d in grads]
-        if name != 'larc': # zero-norm tensors of LARC may not move
+        if mode != 'native' and name != 'larc': # native's `p.data` hides the change from autograd; LARC leaves a tensor of norm 0 as it is
             assert all(p._version>v for p,v in zip(params, versions) if p.numel()), 'autograd must see the in-place change'
 
-@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('mode', MODES)
 def test_autograd_sees_the_step(mode):
-    "A graph made before the step must refuse to run after it"
+    "A graph made before the step must refuse to run after it (native's `p.data` hides the change: gradients are wrong there without a word)"
     p = nn.Parameter(torch.ones(4))
     opt = opt_func('adam', mode)([p])
     p.grad = torch.ones(4)
@@ -574,6 +574,7 @@ USERS = {
     'class': [ClassStepper()], 'class3': [ClassStepper(3)], 'returns_tensor': [s_returns_self], 'closure': [lambda p, lr, **kwargs: p.data.sub_(p.grad.data*(lr/2))],
     'chain': [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step, s_extra_scalar],
     'state_made_by_another': [s_out_of_place, s_state_updated_twice], 'partial': [partial(s_out_of_place, mom=.3)], 'fastai_sgd': [l2_reg, sgd_step]}
+HYPERS = {'chain': dict(mom=.9, sqr_mom=.99, eps=1e-5)}
 REDUCES = ('norms','reductions','two_phases','scalar_tensor_state')
 
 def engine(mode):
@@ -583,7 +584,7 @@ def engine(mode):
 
 def run_user(user, mode, dtype, scen=plain, n=8, shapes=tuple(s for s in SHAPES if 0 not in s)):
     params = make_params(shapes, dtype=dtype) # amax of nothing is an error in torch: no empty tensors
-    return run_trajectory(lambda ps: engine(mode)(ps, USERS[user], lr=.05), n, dtype, scen, params=params)
+    return run_trajectory(lambda ps: engine(mode)(ps, USERS[user], lr=.05, **HYPERS.get(user, {})), n, dtype, scen, params=params)
 
 @pytest.mark.parametrize('dtype', [pytest.param('f32', marks=pytest.mark.slow), 'f64'])
 @pytest.mark.parametrize('mode', MODES)
@@ -804,7 +805,10 @@ def test_thread_count_changes_no_bit(name, mode, threads):
         threads(n)
         return run_trajectory(opt_func(name, mode), 5, torch.float32, params=make_params([(70_000,),(3,5)], big=True))
     one,two = run(1),run(2)
-    for i in one: assert_bitwise(two[i], one[i], f'step {i}')
+    if mode!='fused' and ROWS[name].kind=='reduction': # torch's own mean and norm split a big tensor by threads
+        for i in one: assert_same(two[i], one[i], rtol=1e-5, atol=1e-6, path=f'step {i}')
+    else:
+        for i in one: assert_bitwise(two[i], one[i], f'step {i}')
 
 @pytest.mark.parametrize('mode', MODES)
 def test_thread_count_may_change_between_steps(mode, threads):
@@ -832,13 +836,13 @@ def test_two_optimizers_in_two_threads(mode, threads):
     assert not errors and len(res)==len(names), errors
     for k in range(len(names)): assert_bitwise(res[k], ref[k], names[k])
 
-def _child(q, params, opt, n):
+def _child(q, params, opt, grads, n):
     try:
-        if n: torch.set_num_threads(n)
-        for i in (50,51):
-            GradStream(2).set(params, i)
+        torch.set_num_threads(n)
+        for g in grads:
+            for p,o in zip(params, g): p.grad = o
             opt.step()
-        q.put([p.detach().numpy().copy() for p in params])
+        q.put([p.detach().numpy() for p in params])
     except BaseException as e: q.put(repr(e))
 
 def _in_child(*args):
@@ -846,30 +850,33 @@ def _in_child(*args):
     q = ctx.Queue()
     p = ctx.Process(target=_child, args=(q,*args))
     p.start()
-    try: return q.get(timeout=60)
-    except Exception: pytest.fail('the forked child did not finish its steps in 60 s')
+    try: return q.get(timeout=30)
+    except queue.Empty: pytest.fail('the forked child did not finish its steps in 30 s')
     finally:
-        if p.is_alive(): p.join(5)
+        p.join(1)
         if p.is_alive(): p.kill()
 
+# a child of a process whose OpenMP threads have run hangs in torch's own parallel loops unless it has one thread (DataLoader's workers have one):
+# with two, only what the fused kernel does by itself can be asked for, once the state exists
+FORKS = [(m,w,p,1) for m in MODES for w in ('before_first_step','after_first_step') for p in (1,2)] + [('fused','after_first_step',2,2)]
+
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-@pytest.mark.parametrize('parent,child', [(1,1), (2,1), (2,2)])
-@pytest.mark.parametrize('when', ['before_first_step','after_first_step'])
-@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('mode,when,parent,child', FORKS)
 def test_forked_child_steps_too(mode, when, parent, child, threads):
     "As a DataLoader's workers are forked from a process that has stepped, with threads or without; parent and child both go on"
     threads(parent)
-    params = make_params([(50_000,),(3,5)], big=True)
+    params,stream = make_params([(50_000,),(3,5)], big=True),GradStream(2)
     opt = opt_func('adam', mode)(params)
     if when=='after_first_step':
         for i in range(2):
-            GradStream(2).set(params, i)
+            stream.set(params, i)
             opt.step()
     held = snapshot(params, opt)
-    res = _in_child(params, opt, child)
+    grads = [[like(p, stream.values(p, i, j).to(p.dtype)) for j,p in enumerate(params)] for i in (50,51)]
+    res = _in_child(params, opt, grads, child)
     assert not isinstance(res, str), res
     assert_bitwise(snapshot(params, opt), held, 'the parent')
-    for i in (50,51):
-        GradStream(2).set(params, i)
+    for g in grads:
+        for p,o in zip(params, g): p.grad = o
         opt.step()
     assert_bitwise(res, [p.detach().numpy() for p in params])

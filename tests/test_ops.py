@@ -56,14 +56,13 @@ def run(backend, name, xs, numbers, dtype):
         for i,x in enumerate(xs): torch.testing.assert_close(st[f'x{i}'], x[j], rtol=0, atol=0, equal_nan=True)
     return [st['out'] for st in c.states]
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=['float32','float64'])
-@pytest.mark.parametrize('name', list(OPS))
+@pytest.mark.parametrize('name,dtype', [pytest.param(n, d, id=f'{n}-{str(d)[6:]}') for n in OPS for d in (torch.float32, torch.float64)
+    if not (n in ('to_float16','to_bfloat16','to_float32') and d is torch.float64)]) # a kernel computes in float64 there and rounds only what it stores
 def test_row(name, dtype):
     "On plain numbers, and with zeros, infinities and NaN among them"
     for awkward in (False, True): check_row(name, dtype, awkward)
 
 def check_row(name, dtype, awkward):
-    if name.startswith('to_') and dtype is torch.float64 and name != 'to_float64': pytest.skip('a cast to less than float64 is exact only where it is stored')
     xs,numbers = operands(name, dtype, awkward),NUMBERS.get(name, [])
     if name in ('to_float16','to_bfloat16'): xs = [[x.to(getattr(torch, name[3:])).to(dtype) for x in o] for o in xs]
     masks = ('where','logical_and','logical_or','logical_xor','logical_not')

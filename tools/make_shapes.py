@@ -3,11 +3,11 @@
 
     python tools/make_shapes.py [--out FILE]
 
-Needs torchvision and fastai, and `transformers` for DeBERTa. No weights are downloaded: models are built on the meta device from their
-configuration. A model whose package is missing keeps the entry that the file already has, and the script says so.
+Needs torchvision and fastai, and `transformers` for DeBERTa. No weights are downloaded: models are built from their configuration.
+A model whose package is missing keeps the entry that the file already has, and the script says so.
 
-Format: a model is a list of blocks `[repeat, [[group, decay, shape], ...]]`, parameters in the model's own order. `group` is the layer group in
-the layout with layer groups, `decay` is 0 for the parameters that fastai excludes from weight decay (norms and biases).
+Format: a model is a list of blocks `[repeat, [[group, decay, shape], ...]]`, parameters in the model's own order. `group` is the layer
+group in the layout with layer groups, `decay` is 0 for the parameters that fastai excludes from weight decay (norms and biases).
 """
 import argparse, json, sys, warnings
 from pathlib import Path
@@ -50,22 +50,23 @@ def head(prefix): return lambda n: int(n.startswith(prefix))
 def xresnets():
     import fastai
     from fastai.vision.models import xresnet as x
-    for name,title,f in (('xresnet18','XResNet18',x.xresnet18), ('xresnet34','XResNet34',x.xresnet34), ('xresnet50','XResNet50',x.xresnet50),
-                         ('xse_resnext50','XSE-ResNeXt50',x.xse_resnext50), ('xresnet101','XResNet101',x.xresnet101)):
-        m = f()
-        last = f'{len(m)-1}.'
-        yield name, title, f"fastai {fastai.__version__}: fastai.vision.models.xresnet.{f.__name__}(), 1000 classes; groups: body, last Linear", m, head(last)
+    for name,title in (('xresnet18','XResNet18'), ('xresnet34','XResNet34'), ('xresnet50','XResNet50'), ('xse_resnext50','XSE-ResNeXt50'),
+                       ('xresnet101','XResNet101')):
+        m = getattr(x, name)()
+        how = f'fastai {fastai.__version__}: fastai.vision.models.xresnet.{name}(), 1000 classes; groups: body, last Linear'
+        yield name, title, how, m, head(f'{len(m)-1}.')
 
 
 def torchvisions():
     import torch, torchvision as tv
     v = tv.__version__.split('+')[0]
     with torch.device('meta'):
-        yield 'convnext_tiny', 'ConvNeXt Tiny', f'torchvision {v}: convnext_tiny(), 1000 classes; groups: features, classifier', tv.models.convnext_tiny(), head('classifier')
-        yield 'convnext_small', 'ConvNeXt Small', f'torchvision {v}: convnext_small(), 1000 classes; groups: features, classifier', tv.models.convnext_small(), head('classifier')
+        for name,title in (('convnext_tiny','ConvNeXt Tiny'), ('convnext_small','ConvNeXt Small')):
+            how = f'torchvision {v}: {name}(), 1000 classes; groups: features, classifier'
+            yield name, title, how, getattr(tv.models, name)(), head('classifier')
         kw = dict(image_size=224, patch_size=16, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536)
-        yield ('vit_s16', 'ViT-S/16', f"torchvision {v}: VisionTransformer({', '.join(f'{k}={o}' for k,o in kw.items())}), 1000 classes; groups: body, heads",
-               tv.models.VisionTransformer(**kw), head('heads'))
+        how = f"torchvision {v}: VisionTransformer({', '.join(f'{k}={o}' for k,o in kw.items())}), 1000 classes; groups: body, heads"
+        yield 'vit_s16', 'ViT-S/16', how, tv.models.VisionTransformer(**kw), head('heads')
 
 
 def debertas():
@@ -76,16 +77,17 @@ def debertas():
     def group(n):
         parts = n.split('.')
         return 1+int(parts[2])//4 if parts[:2] == ['encoder','layer'] else 0
-    yield ('deberta_base', 'DeBERTa Base', f"transformers {transformers.__version__}: DebertaModel(DebertaConfig({', '.join(f'{k}={o!r}' for k,o in kw.items())})), "
-           "the settings of microsoft/deberta-base, without a head; groups: embeddings, layers 0-3, 4-7, 8-11", m, group)
+    how = (f"transformers {transformers.__version__}: DebertaModel(DebertaConfig({', '.join(f'{k}={o!r}' for k,o in kw.items())})), "
+           "the settings of microsoft/deberta-base, without a head; groups: embeddings, layers 0-3, 4-7, 8-11")
+    yield 'deberta_base', 'DeBERTa Base', how, m, group
 
 
 def mlps():
     import torch
     from torch import nn
     with torch.device('meta'): m = nn.Sequential(*[nn.Linear(32, 32) for _ in range(2000)])
-    yield ('mlp2000', '2,000-layer MLP', f'torch {torch.__version__.split("+")[0]}: 2,000 x nn.Linear(32, 32); groups: first and second half', m,
-           lambda n: int(int(n.split('.')[0]) >= 1000))
+    how = f"torch {torch.__version__.split('+')[0]}: 2,000 x nn.Linear(32, 32); groups: first and second half"
+    yield 'mlp2000', '2,000-layer MLP', how, m, lambda n: int(int(n.split('.')[0]) >= 1000)
 
 
 def main():

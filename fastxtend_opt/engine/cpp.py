@@ -104,7 +104,7 @@ template<class F> static void each(int threads, i64 n, F f) {
 
 _ctype = {torch.float32:'float', torch.float64:'double', torch.bfloat16:'bf16', torch.float16:'f16'}
 
-# %% ../../nbs/engine/05_cpp.ipynb #d7884207
+# %% ../../nbs/engine/05_cpp.ipynb #db1309b6
 def emit_cpp(
     tape:Tape # What to do
 ) -> str: # C++ source with one exported function, `run`
@@ -125,7 +125,8 @@ def emit_cpp(
         if ph.scalars[k] or _scalar_stores(tape, ph, k):
             out.append(f'        each(nt > 256 ? threads : 1, nt, [=](i64 i) {{ const i64 t = t0 + i, *d = tensors + 5*t; values{k}(tables[d[0]] + d[1]*{ncol}, d, numbers + d[0]*{nsc}, values + t*{nv}, partial); }});')
         if ph.stored(k) or ph.sums(k):
-            out.append(f'        each(threads, nc, [=](i64 i) {{ const i64 c = c0 + i, *d = chunks + 5*c; pass{k}(tables[d[0]] + d[1]*{ncol}, d[2], d[3], numbers + d[0]*{nsc}, values + d[4]*{nv}, partial + c*{nred}); }});')
+            at = 'c0 + i' if k % 2 == 0 else 'c0 + nc - 1 - i' # backwards: what is still in the cache comes first
+            out.append(f'        each(threads, nc, [=](i64 i) {{ const i64 c = {at}, *d = chunks + 5*c; pass{k}(tables[d[0]] + d[1]*{ncol}, d[2], d[3], numbers + d[0]*{nsc}, values + d[4]*{nv}, partial + c*{nred}); }});')
     return '\n'.join(out + ['    }', '}']) + '\n'
 
 def _scalar_stores(tape, ph, k): return [(i,r) for i,r in tape.stores if tape.slots[i].kind=='s' and ph._level(r)==k]
@@ -134,9 +135,12 @@ def _used(ph, js):
     "References that the entries `js` read"
     return {r for j in js for r in ph.tape.ops[j][1:]}
 
-def _expr(tape, j, ref):
-    o = OPS[tape.ops[j][0]]
-    return o.cpp.format(*(ref(r) for r in tape.ops[j][1:]))
+def _inverse(tape, j): return OPS[tape.ops[j][0]].inverse and tape.ops[j][2] >= SCALAR_REF
+
+def _expr(tape, j, ref, inverse=False):
+    o,args = OPS[tape.ops[j][0]],[ref(r) for r in tape.ops[j][1:]]
+    if inverse and _inverse(tape, j): return o.inverse.format(args[0], 'i'+args[1])
+    return o.cpp.format(*args)
 
 def _emit_pass(tape, ph, k, vid, rid):
     "One pass over the chunks"
@@ -149,10 +153,12 @@ def _emit_pass(tape, ph, k, vid, rid):
         head.append(f"{'' if i in stored else 'const '}{_ctype[slots[i].dtype]}* __restrict__ a{i} = ({_ctype[slots[i].dtype]}*)T[{i}] + first;")
     for r,(i,_) in sorted(loads.items()): load.append(f'const CT {val(r)} = ld(a{i}[i]);')
     for r in sorted(used):
-        if r >= SCALAR_REF: head.append(f'const CT {val(r)} = CT(S[{r-SCALAR_REF}]);')
+        if r >= SCALAR_REF:
+            head.append(f'const CT {val(r)} = CT(S[{r-SCALAR_REF}]);')
+            if any(_inverse(tape, j) and tape.ops[j][2]==r for j in js): head.append(f'const CT i{val(r)} = CT(1.0/S[{r-SCALAR_REF}]);')
         elif r >= 0 and ph.kind(r)=='s': head.append(f'const CT {val(r)} = CT(V[{vid[r]}]);')
         elif r < 0 and ph.kind(r)=='s': head.append(f'const CT {val(r)} = ld(*({_ctype[slots[-r-1].dtype]}*)T[{-r-1}]);')
-    body = load + [f"const {'bool' if tape.types[j][1] is torch.bool else 'CT'} t{j} = {_expr(tape, j, val)};" for j in js]
+    body = load + [f"const {'bool' if tape.types[j][1] is torch.bool else 'CT'} t{j} = {_expr(tape, j, val, inverse=True)};" for j in js]
     body += [f'st(a{i}[i], CT({val(r)}));' for i,r in stored.items()]
     lines = [f'static void pass{k}(const i64* T, i64 first, i64 n, const double* S, const double* V, double* P) {{'] + ['    '+l for l in head]
     if not sums: lines += ['    #pragma GCC ivdep', '    for (i64 i = 0; i < n; i++) {'] + ['        '+l for l in body] + ['    }']

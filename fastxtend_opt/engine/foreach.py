@@ -12,8 +12,8 @@ from .tape import Tape, SCALAR_REF
 # %% auto #0
 __all__ = ['TapeInstr', 'schedule_tape', 'run_foreach']
 
-# %% ../../nbs/engine/03_foreach.ipynb #5852e6d7
-TapeInstr = namedtuple('TapeInstr', 'op dst inplace args free') # One call: operation, buffer of the result, in place?, operands, buffers that are free afterwards
+# %% ../../nbs/engine/03_foreach.ipynb #624a839b
+TapeInstr = namedtuple('TapeInstr', 'op dst inplace args free exact') # One call: operation, buffer of the result, in place?, operands, buffers that are free afterwards, numbers as tensors?
 TapeInstr.__doc__ = "One call of a scheduled tape; operands below `SCALAR_REF` are buffers: slots first, then temporaries"
 
 def schedule_tape(
@@ -36,30 +36,32 @@ def schedule_tape(
         if into: buf[j] = buf[a]
         else: buf[j],n = n,n+1
         dead = {buf[r] for r in args if r < SCALAR_REF and last[r] == j and buf[r] >= ns} - {buf[j]}
-        res.append(TapeInstr(name, buf[j], into, tuple(buf[r] if r < SCALAR_REF else r for r in args), tuple(dead)))
+        exact = OPS[name].exact and tape.device.type == 'cpu' and types[j][1] in (torch.bfloat16, torch.float16)
+        res.append(TapeInstr(name, buf[j], into, tuple(buf[r] if r < SCALAR_REF else r for r in args), tuple(dead), exact))
     copies = [(i, buf[r]) for i,r in stores if buf[r] != i]
     while copies: # a slot that another copy still reads is written later
         c = next((c for c in copies if all(c[0] != src for dst,src in copies if (dst,src) != c)), None)
-        if c: copies.remove(c); res.append(TapeInstr('copy', c[0], True, (c[0], c[1]), ()))
+        if c: copies.remove(c); res.append(TapeInstr('copy', c[0], True, (c[0], c[1]), (), False))
         else:
             src = copies[0][1]
-            res.append(TapeInstr('clone', n, False, (src,), ()))
+            res.append(TapeInstr('clone', n, False, (src,), (), False))
             copies,n = [(dst, n if s==src else s) for dst,s in copies],n+1
     return res, n
 
-# %% ../../nbs/engine/03_foreach.ipynb #b3fb72ea
+# %% ../../nbs/engine/03_foreach.ipynb #e040e52c
 _CHUNK = 1<<16 # Elements that a CPU works on at a time
 _programs = {}
 
 def _program(tape):
     "The scheduled tape, kept by its key"
-    if (r := _programs.get(tape.key)) is None: r = _programs[tape.key] = schedule_tape(tape, lambda o: o.foreach_ is not None)
+    key = tape.key, tape.device.type
+    if (r := _programs.get(key)) is None: r = _programs[key] = schedule_tape(tape, lambda o: o.foreach_ is not None)
     return r
 
 def _run(prog, nbuf, tensors, scalars):
     env = tensors + [None]*(nbuf-len(tensors))
-    for op,dst,inplace,args,free in prog:
-        xs = [env[a] if a < SCALAR_REF else scalars[a-SCALAR_REF] for a in args]
+    for op,dst,inplace,args,free,exact in prog:
+        xs = [env[a] if a < SCALAR_REF else scalars[a-SCALAR_REF] if not exact else torch.tensor(scalars[a-SCALAR_REF], dtype=torch.float64) for a in args]
         if op == 'copy': torch._foreach_copy_(*xs)
         elif op == 'clone': env[dst] = torch._foreach_clone(*xs) if hasattr(torch, '_foreach_clone') else [x.clone() for x in xs[0]]
         elif inplace: OPS[op].foreach_(*xs)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 # %% auto #0
 __all__ = ['OPS', 'Op', 'add_op']
 
-# %% ../../nbs/engine/00_ops.ipynb #7b9af4d2
+# %% ../../nbs/engine/00_ops.ipynb #4850ad34
 @dataclass(frozen=True)
 class Op:
     "One operation: its meaning in eager torch, and how each backend says it"
@@ -26,10 +26,12 @@ class Op:
     boolean:bool=False # Is the result a mask?
     reduce:str='' # '', or the C++ accumulator: 'sum' or 'max'
     finish:str='' # C++ expression that makes a reduction's result from its accumulator
+    inverse:str='' # C++ expression if operand 1 is a number, with `{1}` its reciprocal: a vector multiplication where a division would take ten times as long
+    exact:bool=False # Must a number be given as a float64 tensor, lest torch round it to the bfloat16 or float16 of the other operand?
 
 OPS:dict[str,Op] = {} # The table, by name
 
-# %% ../../nbs/engine/00_ops.ipynb #1d8129c7
+# %% ../../nbs/engine/00_ops.ipynb #1697bf3e
 def _each(f):
     "`f` on lists: one call a tensor, where torch has no `_foreach_` function"
     def _inner(*xs):
@@ -46,7 +48,7 @@ def add_op(
     foreach:Callable|None=None, # List version; None: one eager call a tensor
     foreach_:Callable|None=None, # In-place list version, or None
     nargs:int=1, # Number of operands
-    **kwargs # `boolean`, `reduce`, `finish` of `Op`
+    **kwargs # `boolean`, `reduce`, `finish`, `inverse`, `exact` of `Op`
 ):
     "Add a row to `OPS`; `ValueError` if there is one of that name"
     if name in OPS: raise ValueError(f"add_op: there is an operation '{name}' already")
@@ -61,17 +63,17 @@ for _n,_cpp in dict(neg='-{0}', abs='std::abs({0})', sqrt='std::sqrt({0})', rsqr
     add_op(_n, getattr(torch, _n), _cpp, script_='{0}.%s_()'%_n, foreach=getattr(torch, f'_foreach_{_n}'), foreach_=getattr(torch, f'_foreach_{_n}_'))
 add_op('square', torch.square, '({0}*{0})', script_='{0}.square_()', foreach=lambda xs: torch._foreach_mul(xs, xs), foreach_=lambda xs: torch._foreach_mul_(xs, xs))
 
-# %% ../../nbs/engine/00_ops.ipynb #fcd66424
+# %% ../../nbs/engine/00_ops.ipynb #ee3c8086
 for _n,_c in dict(add='+', sub='-', mul='*', div='/').items():
     add_op(_n, getattr(torch, _n), '({0}%s{1})'%_c, script_='{0}.%s_({1})'%_n, nargs=2,
-           foreach=getattr(torch, f'_foreach_{_n}'), foreach_=getattr(torch, f'_foreach_{_n}_'))
+           foreach=getattr(torch, f'_foreach_{_n}'), foreach_=getattr(torch, f'_foreach_{_n}_'), exact=_n=='mul', inverse='({0}*{1})' if _n=='div' else '')
 
 def _rsub_(xs, s): torch._foreach_neg_(xs); torch._foreach_add_(xs, s)
 def _rsub(xs, s): r = torch._foreach_neg(xs); torch._foreach_add_(r, s); return r
 def _rdiv_(xs, s): torch._foreach_reciprocal_(xs); torch._foreach_mul_(xs, s)
 def _rdiv(xs, s): r = torch._foreach_reciprocal(xs); torch._foreach_mul_(r, s); return r
 add_op('rsub', lambda x,s: s-x, '({1}-{0})', '({1} - {0})', '{0}.neg_().add_({1})', _rsub, _rsub_, nargs=2)
-add_op('rdiv', lambda x,s: s/x, '({1}/{0})', '({1} / {0})', '{0}.reciprocal_().mul_({1})', _rdiv, _rdiv_, nargs=2)
+add_op('rdiv', lambda x,s: s/x, '({1}/{0})', '({1} / {0})', '{0}.reciprocal_().mul_({1})', _rdiv, _rdiv_, nargs=2, exact=True)
 add_op('pow', torch.pow, 'std::pow({0},{1})', script_='{0}.pow_({1})', foreach=torch._foreach_pow, foreach_=torch._foreach_pow_, nargs=2)
 add_op('rpow', lambda x,s: s**x, 'std::pow({1},{0})', '{1} ** {0}', foreach=lambda xs,s: torch._foreach_pow(s, xs), nargs=2)
 add_op('copysign', torch.copysign, 'std::copysign({0},{1})', script_='{0}.copysign_({1})', nargs=2)

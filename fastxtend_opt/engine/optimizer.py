@@ -49,12 +49,23 @@ def check_hyper(
         raise ValueError(f"hyper-parameter '{name}' is {v!r}: fastai hyper-parameters are one number a group (a sequence is split over the groups). Use a name for each value, or close over it with functools.partial.")
     return v
 
-# %% ../../nbs/engine/07_optimizer.ipynb #4b09708b
+# %% ../../nbs/engine/07_optimizer.ipynb #821febc5
 def _flat(lists):
     "All parameters, and how many each group has"
     ps,ns = [],[]
     for pg in lists: ps.extend(pg); ns.append(len(pg))
     return ps,ns
+
+def _shared(cohorts):
+    "ids of the parameters that share memory with another one"
+    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p)*p.element_size(), id(p)) for c in cohorts if c.device.type == 'cpu' for p in c.params if p.numel())
+    shared,end,last = set(),0,None
+    for a,b,i in spans:
+        if a < end: shared |= {i, last}
+        if b > end: end,last = b,i
+    return shared
+
+def _extent(p): return 1 + sum((n-1)*s for n,s in zip(p.shape, p.stride()))
 
 class _Plan:
     "The cohorts of an optimizer, and whether they still hold"
@@ -62,6 +73,8 @@ class _Plan:
         self.params,self.sizes = _flat(opt.param_lists)
         self.idle = [p for p in self.params if p.grad is None]
         self.cohorts = make_cohorts(opt, opt._by_shape, opt._sort)
+        shared = _shared(self.cohorts)
+        self.one_by_one = {c for c in self.cohorts if shared and any(id(p) in shared for p in c.params)} # parameters that share memory are stepped in turn
         self.state,self.version,self.by_shape = opt.state,opt.state.version,opt._by_shape
 
     def valid(self, opt):
@@ -72,7 +85,7 @@ class _Plan:
 
     def fresh(self, c): return c.unchanged()
 
-# %% ../../nbs/engine/07_optimizer.ipynb #abc3d163
+# %% ../../nbs/engine/07_optimizer.ipynb #6391f552
 class TapeOptimizer(Optimizer):
     "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
     _sort = None # What cohorts are sorted by beside dtypes and state
@@ -133,7 +146,8 @@ class TapeOptimizer(Optimizer):
         if not tape.created: return
         for k,(kind,dtype,value) in tape.created.items():
             for p,st in zip(c.params, c.states):
-                st[k] = torch.full_like(p, value or 0., dtype=dtype, requires_grad=False) if kind == 'e' else torch.full((), value or 0., dtype=dtype, device=p.device)
+                if isinstance(value, str): st[k] = {'p':p, 'grad':p.grad, **st}[value].detach().clone()
+                else: st[k] = torch.full_like(p, value or 0., dtype=dtype, requires_grad=False) if kind == 'e' else torch.full((), value or 0., dtype=dtype, device=p.device)
         c.slots,c.numbers = tape.slots,{k:v for k,v in c.numbers.items() if k not in tape.created}
         c.keep()
         self._created(c)
@@ -195,11 +209,11 @@ class TapeOptimizer(Optimizer):
         n = sum(p.numel() for pg in self.param_lists for p in pg)
         return f"{type(self).__name__}([{', '.join(map(_name, self.cbs))}], {len(self.param_lists)} groups, {sum(map(len, self.param_lists))} parameters, {n:,} elements)"
 
-# %% ../../nbs/engine/07_optimizer.ipynb #660a479a
+# %% ../../nbs/engine/07_optimizer.ipynb #21e85f84
 class ForEachOptimizer(TapeOptimizer):
     "Runs its steppers an operation at a time over many parameters, with `torch._foreach_*`"
     def _run(self, work):
-        for c,tape,_ in work: run_foreach(tape, c.tensors())
+        for c,tape,_ in work: run_foreach(tape, c.tensors(), c in self._plan.one_by_one)
 
 class JitOptimizer(TapeOptimizer):
     "Runs its steppers as one TorchScript function, a parameter at a time"
@@ -208,15 +222,15 @@ class JitOptimizer(TapeOptimizer):
     def _run(self, work):
         for c,tape,_ in work: run_script(tape, c.tensors())
 
-# %% ../../nbs/engine/07_optimizer.ipynb #83bf2d1f
+# %% ../../nbs/engine/07_optimizer.ipynb #4d0545f1
 class _FusedPlan(_Plan):
     "Cohorts of a fused optimizer and what is needed to launch kernels for them"
     def __init__(self, opt):
         super().__init__(opt)
-        shared,self.how,self.launches = _shared(self.cohorts),{},{}
+        self.how,self.launches = {},{}
         for c in self.cohorts:
             if c.device.type != 'cpu': raise UnsupportedError(f"fused=True has no kernels for parameters on {c.device} yet: use foreach=True there, or move the model to the CPU.")
-            self.how[c] = 'one by one' if any(id(p) in shared for p in c.params) else fused_sort(c.params[0], c.params[0].grad, None)
+            self.how[c] = 'foreach' if c in self.one_by_one else fused_sort(c.params[0], c.params[0].grad, None)
         self.tables = {c:AddressTable(c, how) for c,how in self.how.items() if how in ('flat','copy')}
 
     def fresh(self, c): return c in self.tables and self.tables[c].refresh()
@@ -226,18 +240,7 @@ class _FusedPlan(_Plan):
         if key not in self.launches: self.launches[key] = KernelLaunch([self.tables[c] for c in cohorts])
         return self.launches[key]
 
-def _shared(cohorts):
-    "ids of the parameters that share memory with another one"
-    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p)*p.element_size(), id(p)) for c in cohorts if c.device.type == 'cpu' for p in c.params if p.numel())
-    shared,end,last = set(),0,None
-    for a,b,i in spans:
-        if a < end: shared |= {i, last}
-        if b > end: end,last = b,i
-    return shared
-
-def _extent(p): return 1 + sum((n-1)*s for n,s in zip(p.shape, p.stride()))
-
-# %% ../../nbs/engine/07_optimizer.ipynb #1f7c0e65
+# %% ../../nbs/engine/07_optimizer.ipynb #ad3edff4
 class FusedOptimizer(TapeOptimizer):
     "Runs its steppers as one generated kernel: one pass over memory for all parameters"
     _sort,_make_plan = staticmethod(fused_sort),_FusedPlan
@@ -254,7 +257,7 @@ class FusedOptimizer(TapeOptimizer):
             if c in plan.tables:
                 groups[tape.key].append((c, tape))
                 if plan.how[c] == 'copy': copies.append((tape, *plan.tables[c].copied_grads()))
-            else: run_foreach(tape, c.tensors(), one_by_one=plan.how[c] == 'one by one')
+            else: run_foreach(tape, c.tensors(), c in plan.one_by_one)
         for pairs in groups.values():
             cohorts,tapes = zip(*pairs)
             for c in cohorts: # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see

@@ -26,7 +26,7 @@ class UnsupportedError(NotImplementedError):
 class NeedsShape(Exception):
     "A stepper looks at the shape: the caller has to trace each shape by itself (internal)"
 
-# %% ../../nbs/engine/01_tape.ipynb #bcd9d9bd
+# %% ../../nbs/engine/01_tape.ipynb #8a5b363f
 def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
 
 class Tape:
@@ -39,7 +39,7 @@ class Tape:
         self.slots,self.device,self.shape = tuple(slots),device,shape
         self.ops,self.types,self.scalars,self.stepper = [],[],[],''
         self.stores = () # (slot, reference) pairs: what the slots hold after the step
-        self.created = {} # State tensors that this step makes: name -> (kind, dtype, value to fill them with or None)
+        self.created = {} # State tensors that this step makes: name -> (kind, dtype, start: a number, the name of a slot to copy, or None)
 
     def emit(self, name, *xs):
         "Append operation `name` of stand-ins and numbers; the stand-in of its result"
@@ -296,7 +296,7 @@ def _finish(tape, loads, state):
     tape.stores = tuple(stores)
     if tape.created: _make_slots(tape)
 
-# %% ../../nbs/engine/01_tape.ipynb #98abaef7
+# %% ../../nbs/engine/01_tape.ipynb #8940bc81
 def _make_slots(tape):
     "Turn created state into slots, in the order of their names; a constant start becomes a load"
     new,ops = tape.created,tape.ops
@@ -308,6 +308,7 @@ def _make_slots(tape):
         e = start(new[k].ref)
         if e is not None and e not in starts and tape.types[e] == (new[k].kind, new[k].dtype): starts[e] = k
     const = {k:tape.scalars[ops[e][2]-SCALAR_REF] for e,k in starts.items()}
+    copied = {k:tape.slots[-t.ref-1].name for k,t in new.items() if t.ref < 0 and t.dtype is tape.slots[-t.ref-1].dtype}
     slots = tape.slots[:2] + tuple(sorted((*tape.slots[2:], *(TapeSlot(k, t.kind, t.dtype) for k,t in new.items()))))
     where = {s.name:-i-1 for i,s in enumerate(slots)}
     moved = {-i-1:where[s.name] for i,s in enumerate(tape.slots)}
@@ -318,8 +319,8 @@ def _make_slots(tape):
     for i,o in enumerate(ops):
         if i in starts: refs[i] = where[starts[i]]
         else: refs[i] = len(out); out.append((o[0], *map(ref, o[1:]))); types.append(tape.types[i])
-    stores = [(-moved[-i-1]-1, ref(r)) for i,r in tape.stores] + [(-where[k]-1, ref(t.ref)) for k,t in new.items()]
-    tape.created = {k:(t.kind, t.dtype, const.get(k)) for k,t in new.items()}
+    stores = [(-moved[-i-1]-1, ref(r)) for i,r in tape.stores] + [(-where[k]-1, ref(t.ref)) for k,t in new.items() if k not in copied]
+    tape.created = {k:(t.kind, t.dtype, copied.get(k, const.get(k))) for k,t in new.items()}
     tape.ops,tape.types,tape.scalars,tape.slots = out,types,scalars,slots
     tape.stores = tuple(sorted((i,r) for i,r in stores if r != -i-1))
 

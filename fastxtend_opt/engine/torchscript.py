@@ -13,7 +13,7 @@ from .foreach import schedule_tape
 # %% auto #0
 __all__ = ['emit_script', 'compile_script', 'run_script']
 
-# %% ../../nbs/engine/04_torchscript.ipynb #79f2e548
+# %% ../../nbs/engine/04_torchscript.ipynb #3419aa4c
 def emit_script(
     tape:Tape # What to do
 ) -> str: # Source of a function `step` of the slots' tensors and the tape's numbers
@@ -23,8 +23,8 @@ def emit_script(
     def v(r): return f's{r-SCALAR_REF}' if r >= SCALAR_REF else f'x{r}' if r < ns else f't{r}'
     args = [f'x{i}: Tensor' for i in range(ns)] + [f's{i}: float' for i in range(len(tape.scalars))]
     lines = [f"def step({', '.join(args)}) -> None:"]
-    for op,dst,inplace,xs,_ in prog:
-        xs = [v(r) for r in xs]
+    for op,dst,inplace,xs,_,exact in prog:
+        xs = [f'torch.scalar_tensor({v(r)}, dtype=torch.float64)' if exact and r >= SCALAR_REF else v(r) for r in xs]
         if op == 'copy': lines.append(f'{xs[0]}.copy_({xs[1]})')
         elif op == 'clone': lines.append(f'{v(dst)} = {xs[0]}.clone()')
         elif inplace: lines.append(OPS[op].script_.format(*xs))
@@ -37,8 +37,9 @@ def compile_script(
     tape:Tape # What to do
 ): # A compiled function of the slots' tensors and the tape's numbers
     "Compile `tape`, once for each key"
+    key = tape.key, tape.device.type
     with _lock:
-        if (f := _functions.get(tape.key)) is None: f = _functions[tape.key] = torch.jit.CompilationUnit(emit_script(tape)).step
+        if (f := _functions.get(key)) is None: f = _functions[key] = torch.jit.CompilationUnit(emit_script(tape)).step
     return f
 
 @torch.no_grad()

@@ -486,7 +486,7 @@ def plot_steps(
         fig.savefig(path)
     return fig
 
-# %% ../../nbs/tools/benchmark.ipynb #230326ce
+# %% ../../nbs/tools/benchmark.ipynb #dd22103b
 _few = [(0,1,(256,64)), (0,0,(256,)), (0,1,(10,256))]
 
 def _find(optimizer, lib, mode):
@@ -511,6 +511,8 @@ def _probe_memory(optimizer, lib, mode, rows, trace=False):
     torch.set_num_threads(1)
     c,pset = _find(optimizer, lib, mode),ParamSet(model_rows(rows))
     gc.collect()
+    with contextlib.suppress(AttributeError): # glibc: map what has 16 KB or more, trim at once, no padding
+        for what,size in ((-3,16384), (-1,0), (-2,0)): ctypes.CDLL(None).mallopt(what, size)
     if trace: tracemalloc.start()
     opt = c.make(pset, 1e-4)
     for _ in range(2): opt.step()
@@ -538,7 +540,7 @@ def _spawn(func, env=None, **kw):
         raise RuntimeError(f"{func} of {kw.get('lib')} {kw.get('mode')}: {why}")
     return json.loads(r.stdout.strip().splitlines()[-1])
 
-# %% ../../nbs/tools/benchmark.ipynb #0235e142
+# %% ../../nbs/tools/benchmark.ipynb #df71d369
 def first_step(
     optimizer:str='adam', # Algorithm
     mode:str='fused', # Mode, or a peer's implementation
@@ -561,10 +563,9 @@ def step_memory(
     resident high-water mark during the third step, with an allocator that gives back at once what is freed (or a step could reuse what the
     one before it left, and seem to need nothing); Linux counts it to about 0.2 MB. `tables_kb` is what tracemalloc finds that the engine
     holds after two steps."""
-    env = dict(MALLOC_MMAP_THRESHOLD_='16384', MALLOC_TRIM_THRESHOLD_='0', MALLOC_TOP_PAD_='0')
     kw = dict(optimizer=optimizer, lib=lib, mode=mode, rows=model)
     out = dict(optimizer=optimizer, lib=lib, mode=mode, model=model if isinstance(model, str) else 'custom')
-    out |= _spawn('_probe_memory', env, **kw)
+    out |= _spawn('_probe_memory', **kw)
     if lib=='fastxtend_opt' and mode!='native': out |= _spawn('_probe_memory', trace=True, **kw)
     return out
 
@@ -618,7 +619,7 @@ def bench_goals(
     with _threads(threads): add('python', python_cost, optimizers[0] if 'adam' not in optimizers else 'adam', 'fused')
     return out
 
-# %% ../../nbs/tools/benchmark.ipynb #6691c3f6
+# %% ../../nbs/tools/benchmark.ipynb #0c1c5452
 def goal_rows(
     result:dict # What `bench_goals` returned
 )->list: # A dict a goal: `goal`, `case`, `at_least` or `at_most`, `value`, `at_limit`, `reached` (None where it was not measured)
@@ -684,7 +685,8 @@ def goal_report(
     mem = [[f"{m['lib']} {m['mode']}", m['optimizer'], m['model'], *(_f(m.get(k)) for k in ('params_kb','peak_kb','tables_kb'))]
            for m in result.get('memory', [])]
     first = [[f['optimizer'], f['mode'], *(_f(f[k]) for k in ('cold_ms','warm_ms','steady_ms'))] for f in result.get('first', [])]
-    return '\n'.join([f'## Goals: {yes} of {n} reached\n', _md(['goal', 'case', 'wanted', 'measured', 'reached', 'at the memory limit'], body) + '\n',
+    head = ['goal', 'case', 'wanted', 'measured', 'reached', 'at the memory limit']
+    return '\n'.join([f'## Goals: {yes} of {n} reached\n', _md(head, body) + '\n',
                       '## First step\n', _md(['optimizer', 'mode', 'cold ms', 'warm ms', 'later steps ms'], first) + '\n',
                       '## Memory of a step\n', _md(['', 'optimizer', 'model', 'parameters KB', 'peak KB', 'tables KB'], mem) + '\n',
                       '## Step times\n', report(result)])

@@ -9,7 +9,7 @@ import argparse, sys
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/tools/cli.ipynb #99fb4450
+# %% ../../nbs/tools/cli.ipynb #326e1ccf
 def _bench_parser(sub):
     p = sub.add_parser('bench', help='step times of optimizers, modes and peers',
         description='Step times of optimizers x modes x peers on the parameters of real models, in turns, beside the memory limit.')
@@ -17,9 +17,11 @@ def _bench_parser(sub):
     many,n = dict(nargs='*', metavar='NAME'),dict(type=int, metavar='N')
     add('--models', "stored parameter sets, or 'all'; see --list", default=['xresnet18','xresnet50','mlp2000'], **many)
     add('--optimizers', "algorithms, or 'all'", default=['adam'], **many)
-    add('--modes', "this library's modes; 'native' too", default=['foreach','jit','fused'], choices=['native','foreach','jit','fused'], **many)
+    add('--modes', "this library's modes; 'native' too", default=['foreach','jit','fused'],
+        choices=['native','foreach','jit','fused'], **many)
     add('--peers', 'other libraries (default: all that are installed; torch only with --tables)', **many)
-    add('--layouts', 'one: a single group; groups: layer groups, no weight decay on norms and biases', default=['one'], choices=['one','groups'], **many)
+    add('--layouts', 'one: a single group; groups: layer groups, no weight decay on norms and biases', default=['one'],
+        choices=['one','groups'], **many)
     add('--rounds', 'samples of each contestant', default=20, **n)
     add('--warmup', 'rounds before the first sample', default=3, **n)
     add('--threads', "threads (default: torch's own number)", **n)
@@ -27,8 +29,8 @@ def _bench_parser(sub):
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.add_argument('--list', action='store_true', help='print the stored models and stop')
     one = p.add_mutually_exclusive_group()
-    one.add_argument('--goals', action='store_true', help="measure the project's goals: the eight algorithms on XResNet50 and the 2,000-layer "
-                     "MLP, first step, memory, Python's cost")
+    one.add_argument('--goals', action='store_true', help="measure the project's goals: the eight algorithms on XResNet50 and the "
+                     "2,000-layer MLP, first step, memory, Python's cost")
     one.add_argument('--tables', action='store_true', help='the two tables of the original page: adam, every stored model, both layouts')
     p.set_defaults(run=_bench)
 

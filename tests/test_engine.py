@@ -1,0 +1,208 @@
+"Engine corners: phases, state that begins from values, shapes, layouts, errors that leave everything as it was"
+import math
+import numpy as np, pytest, torch
+from torch import nn
+from functools import partial
+from fastai.optimizer import Optimizer, average_grad, l2_reg, sgd_step, weight_decay
+from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer
+from fastxtend_opt.engine.tape import TapeSlot, UnsupportedError, trace_steppers
+from fastxtend_opt.engine.cpp import TapePhases, emit_cpp
+from fastxtend_opt.engine.fused import GROUP_SIZE
+
+MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer)
+SHAPES = [(3,), (4,5), (), (2,3,4), (20_011,), (0,), (1,)]
+
+def pair(cls, cbs, shapes=SHAPES, dtype=torch.float64, groups=False, **hyper):
+    "A native optimizer and its twin, with equal parameters"
+    g = torch.Generator().manual_seed(0)
+    ps = [nn.Parameter(torch.randn(s, generator=g, dtype=dtype)) for s in shapes]
+    qs = [nn.Parameter(p.detach().clone()) for p in ps]
+    def split(x): return [x[:len(x)//2], x[len(x)//2:]] if groups else x
+    return ps, qs, Optimizer(split(ps), cbs, **hyper), cls(split(qs), cbs, **hyper)
+
+def run(ps, qs, a, b, n=5, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    for i in range(n):
+        for p,q in zip(ps, qs):
+            p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p.dtype); q.grad = p.grad.clone()
+        a.step(); b.step()
+        for p,q in zip(ps, qs):
+            torch.testing.assert_close(q.data, p.data, rtol=1e-10, atol=1e-12, equal_nan=True)
+            sa,sb = a.state[p],b.state[q]
+            assert set(sa) == set(sb)
+            for k in sa: torch.testing.assert_close(torch.as_tensor(sb[k]), torch.as_tensor(sa[k]), rtol=1e-10, atol=1e-12, equal_nan=True, msg=lambda m: f'state {k}: {m}')
+
+def old_after_new(p, lr, m=None, **kwargs):
+    "Needs the old average after a reduction over the new one: the store has to wait for the second pass"
+    if m is None: m = torch.zeros_like(p.data)
+    old = m.clone()
+    m.mul_(.9).add_(p.grad.data)
+    p.data.sub_(lr * old / (1 + m.norm()))
+    return dict(m=m)
+
+def chained(p, lr, **kwargs):
+    "Three passes: each norm depends on the one before"
+    g = p.grad.data
+    u = g / (g.norm() + 1)
+    v = u - u.mean()
+    p.data.sub_(lr * v / (v.abs().amax() + .1))
+
+def value_state(p, lr, v=None, **kwargs):
+    "The first step is another one: v begins from the gradient, and the weights don't move"
+    if v is None: return dict(v=p.grad.data**2)
+    p.data.sub_(lr * p.grad.data / (v.sqrt() + 1e-3))
+    v.mul_(.9).addcmul_(p.grad.data, p.grad.data, value=.1)
+    return dict(v=v)
+
+def shaped(p, lr, **kwargs):
+    "Looks at the shape: matrices and vectors go different ways"
+    p.data.sub_(p.grad.data, alpha=lr / math.sqrt(max(p.numel(), 1)) if p.ndim > 1 else lr)
+
+def scalar_state(p, lr, seen=None, **kwargs):
+    "State of one value a parameter, read again at the next step"
+    if seen is None: seen = torch.zeros_like(p.grad.data.sum())
+    seen.mul_(.5).add_(p.grad.data.abs().sum())
+    p.data.sub_(lr * p.grad.data / (seen + 1))
+    return dict(seen=seen)
+
+def rebinding(p, lr, a=None, b=None, **kwargs):
+    "State out of place, swapped, and numpy numbers"
+    if a is None: a,b = torch.zeros_like(p.data),torch.ones_like(p.data)
+    a,b = b*np.float64(.5) + p.grad.data, a + np.float32(1)
+    p.data.add_(np.float64(-lr) * (a - b).clamp(-1, 1))
+    return dict(a=a, b=b)
+
+def masks(p, lr, **kwargs):
+    g = p.grad.data
+    keep = (g > 0) & ~(p.data.abs() > 1.5) | (g == 0)
+    p.data.sub_(lr * g * keep * (keep.to(g.dtype).mean() + .1))
+    p.data.copy_(torch.where(p.data > 2, 2., p.data))
+
+def repeated_loads(p, lr, **kwargs):
+    g = p.grad.data
+    p.data.add_(torch.lerp(g, p.data, .7), alpha=-lr).add_(torch.copysign(g.square(), g), alpha=-lr)
+
+USERS = [old_after_new, chained, value_state, shaped, scalar_state, rebinding, masks, repeated_loads]
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('stepper', USERS, ids=lambda f: f.__name__)
+def test_user_steppers(stepper, mode):
+    shapes = SHAPES if stepper not in (chained,) else [s for s in SHAPES if s != (0,)] # the largest element of nothing
+    if stepper in (masks,): shapes = [s for s in shapes if s != (0,)]
+    run(*pair(MODES[mode], [stepper], shapes, lr=.1))
+
+@pytest.mark.parametrize('mode', MODES)
+def test_two_groups_one_launch(mode):
+    ps,qs,a,b = pair(MODES[mode], [weight_decay, chained], [s for s in SHAPES if s != (0,)], groups=True, lr=.1, wd=.1)
+    for o,xs in ((a,ps),(b,qs)): o.state[xs[0]]['do_wd'] = False; o.set_hyper('lr', [.01,.1])
+    run(ps, qs, a, b)
+
+def test_many_groups_of_tensors():
+    "More elements than pass through the phases together"
+    ps,qs,a,b = pair(FusedOptimizer, [chained], [(GROUP_SIZE//3,)]*5 + [(7,)]*300 + [(2*GROUP_SIZE+1,)], lr=.1)
+    run(ps, qs, a, b, n=2)
+    launch, = b._plan.launches.values()
+    assert len(launch.groups[1]) > 3 and launch.groups[1][-1].tolist() == [306, len(launch.chunks)]
+
+def test_postponed_store():
+    f64 = torch.float64
+    tape,_ = trace_steppers([old_after_new], (TapeSlot('p','e',f64), TapeSlot('grad','e',f64), TapeSlot('m','e',f64)), {}, dict(lr=.1))
+    ph = TapePhases(tape)
+    assert ph.n == 2 and ph.at[2] == 1 # `m` is known in the first pass, and stored in the second
+
+def test_no_second_pass_without_reduction():
+    tape,_ = trace_steppers([repeated_loads], (TapeSlot('p','e',torch.float32), TapeSlot('grad','e',torch.float32)), {}, dict(lr=.1))
+    assert TapePhases(tape).n == 1 and 'pass1' not in emit_cpp(tape)
+
+@pytest.mark.parametrize('l2', [False,True])
+def test_gradient_in_another_layout(l2):
+    "The gradient is contiguous, the parameter channels_last; L2 decay changes the real gradient, as native does"
+    ps,qs,a,b = pair(FusedOptimizer, [l2_reg if l2 else weight_decay, average_grad, sgd_step], [(4,3,5,5)], lr=.1, wd=.1, mom=.9)
+    for x in (ps[0], qs[0]): x.data = x.data.to(memory_format=torch.channels_last)
+    for i in range(3):
+        g = torch.randn(4,3,5,5, dtype=torch.float64)
+        for x in (ps[0], qs[0]): x.grad = g.clone().to(memory_format=torch.contiguous_format)
+        keep = qs[0].grad
+        a.step(); b.step()
+        assert qs[0].grad is keep and b._plan.how[b._plan.cohorts[0]] == 'copy'
+        torch.testing.assert_close(qs[0].grad, ps[0].grad); torch.testing.assert_close(qs[0].data, ps[0].data)
+        torch.testing.assert_close(b.state[qs[0]]['grad_avg'], a.state[ps[0]]['grad_avg'])
+
+def test_state_is_laid_out_anew():
+    "The model becomes channels_last after the first step: contiguous state under a channels_last parameter and gradient"
+    ps,qs,a,b = pair(FusedOptimizer, [average_grad, sgd_step], [(4,3,5,5)], lr=.1, mom=.9)
+    run(ps, qs, a, b, n=2)
+    for x in (ps[0], qs[0]): x.data = x.data.to(memory_format=torch.channels_last)
+    g = torch.randn(4,3,5,5, dtype=torch.float64).to(memory_format=torch.channels_last)
+    for x in (ps[0], qs[0]): x.grad = g.clone()
+    a.step(); b.step()
+    torch.testing.assert_close(qs[0].data, ps[0].data)
+    torch.testing.assert_close(b.state[qs[0]]['grad_avg'], a.state[ps[0]]['grad_avg'])
+    assert b.state[qs[0]]['grad_avg'].stride() == qs[0].stride()
+
+@pytest.mark.parametrize('mode', MODES)
+def test_shared_memory(mode):
+    "Two parameters that are views of one tensor are stepped one after the other, as native does"
+    bases = [torch.arange(6.), torch.arange(6.)]
+    xs = [[nn.Parameter(b[:4]), nn.Parameter(b[2:])] for b in bases]
+    a,b = Optimizer(xs[0], [weight_decay, sgd_step], lr=.1, wd=.5),MODES[mode](xs[1], [weight_decay, sgd_step], lr=.1, wd=.5)
+    for i in range(3):
+        for x in xs[0]+xs[1]: x.grad = torch.ones(4)
+        a.step(); b.step()
+    torch.testing.assert_close(bases[1], bases[0])
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_storage(mode, dtype):
+    "Fused computes in float32 and rounds once; foreach and jit round as native does"
+    def step(p, lr, m=None, **kwargs):
+        if m is None: m = torch.zeros_like(p.data)
+        m.mul_(.9).add_(p.grad.data)
+        p.data.add_(m, alpha=-lr)
+        return dict(m=m)
+    ps,qs,a,b = pair(MODES[mode], [step], [(1000,)], dtype=dtype, lr=.1)
+    p,q = ps[0],qs[0]
+    m32 = torch.zeros(1000)
+    for i in range(3):
+        g = torch.randn(1000).to(dtype)
+        p.grad,q.grad = g.clone(),g.clone()
+        if mode == 'fused':
+            m32 = m32*.9 + g.float(); want = (q.detach().float() - .1*m32).to(dtype)
+            b.step()
+            ulp = 2.**(-7 if dtype is torch.bfloat16 else -10)
+            assert ((q.detach().float() - want.float()).abs() <= ulp*want.float().abs() + 1e-6).all()
+            m32 = b.state[q]['m'].float()
+        else:
+            a.step(); b.step()
+            torch.testing.assert_close(q.data, p.data, rtol=0, atol=0)
+    assert q.dtype is dtype and b.state[q]['m'].dtype is dtype
+
+@pytest.mark.parametrize('mode', MODES)
+def test_refusals_change_nothing(mode):
+    def bad(p, **kwargs): p.data.add_(torch.cumsum(p.data, 0))
+    def branch(p, lr, **kwargs):
+        if p.grad.data.norm() > 1: p.data.sub_(lr)
+    def outside(p, **kwargs): p.data.add_(torch.ones(3))
+    def replace(p, **kwargs): p.data = p.data*2
+    for f,name in ((bad,'cumsum'), (branch,'branch'), (outside,'neither'), (replace,'data =')):
+        p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+        opt = MODES[mode]([p], [weight_decay, average_grad, f], lr=.1, wd=.1, mom=.9)
+        with pytest.raises(UnsupportedError, match=name) as e: opt.step()
+        assert f"stepper '{f.__name__}'" in str(e.value) and 'native' in str(e.value)
+        assert p.data.tolist() == [1.,1.,1.] and dict(opt.state[p]) == {}
+
+def test_version_counter():
+    "Autograd notices that the kernel changed a tensor it has saved"
+    p = nn.Parameter(torch.ones(3)); loss = (p*p).sum()
+    p.grad = torch.ones(3)
+    FusedOptimizer([p], [sgd_step], lr=.1).step()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
+
+def test_grads_are_not_kept_alive():
+    "A plan holds no gradient: dropping them frees their memory"
+    import weakref
+    p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
+    opt = FusedOptimizer([p], [sgd_step], lr=.1); opt.step()
+    w = weakref.ref(p.grad)
+    opt.zero_grad(set_to_none=True)
+    assert w() is None
