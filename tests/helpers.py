@@ -29,7 +29,7 @@ def _kind(o):
 
 def _fail(path, msg): raise Mismatch(f'{path or "value"}: {msg}')
 
-def _bits(t): return t.detach().contiguous().view(-1).view(torch.uint8) if t.numel() else t
+def _bits(t): return t.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) if t.numel() else t
 
 def _same_tensor(a, b, rtol, atol, equal_nan, path):
     if a.shape  != b.shape:  _fail(path, f'shape {tuple(a.shape)} against {tuple(b.shape)}')

@@ -27,7 +27,8 @@ def opt_func(name, mode, **kwargs):
     from fastxtend_opt.engine.registry import get_optimizer
     return get_optimizer(name).factory(**kwargs, **flags(mode))
 
-def dls(seed=1, dtype=torch.float32, bs=BS, n_train=N_TRAIN, **kwargs): return digits_dls(bs=bs, seed=seed, n_train=n_train, dtype=dtype, **kwargs)
+def dls(seed=1, dtype=torch.float32, bs=BS, n_train=N_TRAIN, **kwargs):
+    return digits_dls(bs=bs, seed=seed, n_train=n_train, dtype=dtype, **kwargs)
 
 def learner(name, mode, path=None, dtype=torch.float32, opt_kw=None, dls_kw=None, width=8, **kwargs):
     "A Learner with three parameter groups; the same weights and batches whatever the mode"

@@ -66,7 +66,8 @@ def fit_flat_cos(learn, path): learn.fit_flat_cos(3, 8e-3)
 
 @scenario('radam')
 def fit_flat_varied(learn, path):
-    learn.fit_flat_varied(4, slice(1e-3,4e-3), next_lr=[slice(2e-3,8e-3), 4e-3], change_by=[1,.5], change_time=[.125,0], change_sched=SchedLin)
+    learn.fit_flat_varied(4, slice(1e-3,4e-3), next_lr=[slice(2e-3,8e-3), 4e-3], change_by=[1,.5], change_time=[.125,0],
+                          change_sched=SchedLin)
     learn.fit_flat_varied(3, 4e-3, start_epoch=2)
 
 @scenario('larc', opt_kw=dict(wd=.01))
@@ -223,7 +224,8 @@ class CPUMixedPrecision(MixedPrecision):
     "fastai's callback with autocast and loss scaling of the CPU"
     def before_fit(self):
         dtype = torch.bfloat16 if self.amp_mode==AMPMode.BF16 else torch.float16
-        self.autocast,self.learn.scaler,self.scales = autocast('cpu', dtype=dtype),GradScaler('cpu', **{**self.kwargs, 'enabled':dtype==torch.float16}),L()
+        self.autocast,self.scales = autocast('cpu', dtype=dtype),L()
+        self.learn.scaler = GradScaler('cpu', **{**self.kwargs, 'enabled':dtype==torch.float16})
         self.dtypes,self.cancelled = set(),0
     def after_pred(self):
         self.dtypes.add(self.learn.pred.dtype)
@@ -367,8 +369,9 @@ def test_export_and_load_learner(mode, name, tmp_path):
 
 # ---------------------------------------------------------------- threads and processes
 @pytest.mark.parametrize('mode', ALL_MODES)
-def test_fit_in_a_thread(native, mode):
-    "Two Learners train at once in two threads, beside each other and undisturbed"
+def test_fit_in_a_thread(native, mode, threads):
+    "Two Learners train at once in two threads, undisturbed by each other, each with two threads of its own in a step"
+    if mode=='fused': threads(2)
     jobs = [learner('adam', mode),learner('ranger', mode)]
     errors = []
     def run(learn, fit):
@@ -402,6 +405,7 @@ print('all trained')
 def test_data_loader_workers():
     "Two worker processes, forked before and after fused steps; in a process of its own, so that a deadlock ends in a failure"
     here = Path(__file__).parent
-    env = {**os.environ, 'OMP_NUM_THREADS':'2', 'OMP_WAIT_POLICY':'passive', 'PYTHONPATH':os.pathsep.join([str(here), str(here.parent), os.environ.get('PYTHONPATH','')])}
+    env = {**os.environ, 'OMP_NUM_THREADS':'2', 'OMP_WAIT_POLICY':'passive',
+           'PYTHONPATH':os.pathsep.join([str(here), str(here.parent), os.environ.get('PYTHONPATH','')])}
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', _WORKERS, *ALL_MODES], env=env, capture_output=True, text=True, timeout=240)
     assert res.returncode==0 and 'all trained' in res.stdout, res.stderr[-3000:]

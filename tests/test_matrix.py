@@ -193,10 +193,13 @@ def test_fused_low_precision_rounds_once(name, decay, dtype):
 @pytest.mark.parametrize('mode', ['foreach','jit'])
 @pytest.mark.parametrize('name,decay,dtype', LOWCASES)
 def test_low_precision_rounds_as_native(name, decay, dtype, mode):
-    "foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps"
+    """foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps. torch sums a tensor in the order of
+    its layout and of its shape, which these modes may flatten: for a reduction one step within an ulp of the value or of the update is asked."""
     kw,dtype = decays(name)[decay],LOW[dtype]
     a,b = (run_trajectory(opt_func(name, m, **kw), 3, dtype, no_decay_on_some) for m in (mode,'native'))
-    for i in a: assert_bitwise(a[i], b[i], f'step {i}')
+    if ROWS[name].kind=='elementwise':
+        for i in a: assert_bitwise(a[i], b[i], f'step {i}')
+    else: assert_ulps(a[0], b[0], 1, torch.finfo(dtype).eps*LR)
 
 # ---------------------------------------------------------------- checkpoints
 FASTAI_SAFE = [L, np.core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]] # as fastai/learner.py's load_model

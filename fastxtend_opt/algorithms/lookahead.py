@@ -104,7 +104,7 @@ def state_dict(self:Lookahead):
         sd = {**sd, 'state': [{k:v for k,v in s.items() if k!='slow_p'} for s in sd['state']]}
     return {**sd, 'count': self.count, 'slow_weights': slow}
 
-# %% ../../nbs/algorithms/lookahead.ipynb #25e71552
+# %% ../../nbs/algorithms/lookahead.ipynb #b6119805
 def _check_state(opt, sd):
     "Raise a `ValueError` if `sd` can't be a state of `opt`"
     fastais = isinstance(opt.opt, Optimizer) # A wrapped torch optimizer checks its own part
@@ -116,6 +116,7 @@ def _check_state(opt, sd):
         raise ValueError(f"The state has {len(sd['hypers'])} parameter groups, the optimizer {len(lens)}: build it with the same groups.")
     if fastais and len(sd['state'])!=sum(lens):
         raise ValueError(f"The state has {len(sd['state'])} parameters, the optimizer {sum(lens)}: build it on the same model.")
+    if fastais and not all(isinstance(s, dict) for s in sd['state']): raise ValueError("A parameter's state is a dict, and the state has an entry that is none.")
     if sd['slow_weights'] is None: return
     shapes = [[tuple(s.shape) for s in pg] for pg in sd['slow_weights']]
     if shapes!=[[tuple(p.shape) for p in pg] for pg in opt.param_lists]:

@@ -13,7 +13,7 @@ from .build import load_library
 # %% auto #0
 __all__ = ['TapePhases', 'emit_cpp', 'kernel_threads', 'cpp_kernel']
 
-# %% ../../nbs/engine/05_cpp.ipynb #113a41a8
+# %% ../../nbs/engine/05_cpp.ipynb #cf45a9f7
 class TapePhases:
     "Which entries of a tape are computed, and which slots stored, in which pass over memory"
     def __init__(self,
@@ -21,6 +21,7 @@ class TapePhases:
     ):
         self.tape = tape
         ops,types = tape.ops,tape.types
+        self.compute = torch.float64 if torch.float64 in {*(s.dtype for s in tape.slots), *(d for _,d in types)} else torch.float32
         self.level = []
         for o in ops:
             l = max((self.level[r] for r in o[1:] if 0 <= r < SCALAR_REF), default=0)
@@ -39,7 +40,7 @@ class TapePhases:
 
     def _walk(self, k):
         "Entries that phase `k` computes, and references that it loads from slots: (slot, is it the new value?)"
-        new = {r:i for i,r in self.tape.stores if i in self.at and self.at[i] < k}
+        new = {r:i for i,r in self.tape.stores if i in self.at and self.at[i] < k and self.tape.slots[i].dtype is self.compute}
         todo = [*self.stored(k).values(), *(self.tape.ops[j][1] for j in self.sums(k))]
         done,loads = set(),{}
         while todo:
@@ -104,13 +105,13 @@ template<class F> static void each(int threads, i64 n, F f) {
 
 _ctype = {torch.float32:'float', torch.float64:'double', torch.bfloat16:'bf16', torch.float16:'f16'}
 
-# %% ../../nbs/engine/05_cpp.ipynb #db1309b6
+# %% ../../nbs/engine/05_cpp.ipynb #13a1956b
 def emit_cpp(
     tape:Tape # What to do
 ) -> str: # C++ source with one exported function, `run`
     "`tape` as C++"
     ph,ops,types,slots = TapePhases(tape),tape.ops,tape.types,tape.slots
-    ct = 'double' if any(s.dtype is torch.float64 for s in slots) or any(d is torch.float64 for _,d in types) else 'float'
+    ct = _ctype[ph.compute]
     ncol,nsc,nv = len(slots),max(len(tape.scalars),1),max(sum(k=='s' for k,_ in types),1)
     vid = {j:i for i,j in enumerate(j for j,(k,_) in enumerate(types) if k=='s')} # place of a tensor's values
     rid = {j:i for i,j in enumerate(j for k in range(ph.n) for j in ph.sums(k))}  # place of a chunk's partial results

@@ -48,8 +48,8 @@ def schedule_tape(
             copies,n = [(dst, n if s==src else s) for dst,s in copies],n+1
     return res, n
 
-# %% ../../nbs/engine/03_foreach.ipynb #e040e52c
-_CHUNK = 1<<16 # Elements that a CPU works on at a time
+# %% ../../nbs/engine/03_foreach.ipynb #305180d5
+_CHUNK = 1<<18 # Elements that a CPU works on at a time
 _programs = {}
 
 def _program(tape):

@@ -98,11 +98,12 @@ def _as_group(g, i):
     ps = g['params']
     return {**g, 'params':[ps] if isinstance(ps, Tensor) else list(ps)}
 
-# %% ../../nbs/engine/08_registry.ipynb #c0736517
+# %% ../../nbs/engine/08_registry.ipynb #a5b126c1
 def _check_param(p, where, seen):
     if not isinstance(p, Tensor):
         tip = 'Pass model.parameters().' if isinstance(p, nn.Module) else 'Leave the names out.' if isinstance(p, (str,tuple)) else ''
         raise TypeError(f"{where} is a {type(p).__name__}, not a parameter. {tip}".strip())
+    if p.is_complex(): raise NotImplementedError(f"{where} is complex ({p.dtype}), and complex parameters are not supported: pass torch.view_as_real(p).")
     if not p.is_leaf and not p.retains_grad:
         raise ValueError(f"{where} is the result of a computation and never gets a gradient: pass a leaf, such as a Parameter.")
     if id(p) in seen:

@@ -14,16 +14,17 @@ from fastai.callback.schedule import *
 from fastai.callback.progress import ProgressCallback
 from fastai.layers import ConvLayer,ResBlock
 
-# %% ../../nbs/tools/demo.ipynb #e3e4227f
+# %% ../../nbs/tools/demo.ipynb #4ece3a60
 @functools.lru_cache(maxsize=1)
 def _digits():
     "Images (1797,1,8,8), from 0 to 1, and labels of scikit-learn's handwritten digits"
     try: from sklearn.datasets import load_digits
-    except ImportError as e: raise ImportError("the handwritten digits come with scikit-learn, which is not installed: pip install scikit-learn") from e
+    except ImportError as e:
+        raise ImportError("the handwritten digits come with scikit-learn, which is not installed: pip install scikit-learn") from e
     x,y = load_digits(return_X_y=True)
     return torch.tensor(x/16, dtype=torch.float32).view(-1,1,8,8),torch.tensor(y)
 
-# %% ../../nbs/tools/demo.ipynb #017fc6dd
+# %% ../../nbs/tools/demo.ipynb #be64a6d4
 class Digits:
     "A dataset of images and labels, as much of one as `DataLoaders` and `Learner.export` ask for"
     def __init__(self,
@@ -46,9 +47,10 @@ def digits_dls(
     idxs = torch.randperm(len(x), generator=torch.Generator().manual_seed(42))
     train,valid = (Digits(x[i].to(dtype), y[i]) for i in (idxs[360:][:n_train], idxs[:360]))
     set_seed(seed)
-    return DataLoaders(TfmdDL(train, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers), TfmdDL(valid, bs=4*bs, num_workers=num_workers), device=torch.device('cpu'))
+    return DataLoaders(TfmdDL(train, bs=bs, shuffle=True, drop_last=True, num_workers=num_workers),
+                       TfmdDL(valid, bs=4*bs, num_workers=num_workers), device=torch.device('cpu'))
 
-# %% ../../nbs/tools/demo.ipynb #f89b8537
+# %% ../../nbs/tools/demo.ipynb #3ee2c011
 def digits_model(
     width:int=24, # Channels of the first stage; the others have two and four times as many
     depth:int=2, # Residual blocks in each of the three stages
@@ -57,12 +59,13 @@ def digits_model(
 )->nn.Module: # Takes images (n,1,8,8), returns scores (n,10)
     "A small residual network with BatchNorm: stem, three stages, head"
     set_seed(seed)
-    stages,ni = [],width
-    for i in range(3):
-        nf = width*2**i
-        stages.append(nn.Sequential(*[ResBlock(1, ni if j==0 else nf, nf, stride=2 if j==0 and i else 1, act_cls=act_cls) for j in range(depth)]))
+    layers,ni = [ConvLayer(1, width, act_cls=act_cls)],width
+    for nf,stride in zip((width, 2*width, 4*width), (1,2,2)):
+        first,*others = [ni]+[nf]*(depth-1)
+        blocks = [ResBlock(1, o, nf, act_cls=act_cls) for o in others]
+        layers.append(nn.Sequential(ResBlock(1, first, nf, stride=stride, act_cls=act_cls), *blocks))
         ni = nf
-    return nn.Sequential(ConvLayer(1, width, act_cls=act_cls), *stages, nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(ni, 10)))
+    return nn.Sequential(*layers, nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten(), nn.Linear(ni, 10)))
 
 def digits_splitter(
     m:nn.Module # A `digits_model`
@@ -96,9 +99,9 @@ class StepTimer(Callback):
     def after_batch(self): self.step_losses.append(self.learn.loss.item())
     def after_fit(self): self.learn.__dict__.pop('_step', None)
 
-# %% ../../nbs/tools/demo.ipynb #5308c08d
-_recipes = dict(adam=('fit_one_cycle',8e-3), ranger=('fit_flat_cos',8e-3), sgd=('fit_one_cycle',.1), rmsprop=('fit_flat_cos',1e-3), radam=('fit_flat_cos',8e-3),
-                qhadam=('fit_flat_cos',4e-3), larc=('fit_flat_cos',.1), lamb=('fit_flat_cos',1e-2))
+# %% ../../nbs/tools/demo.ipynb #964c2189
+_recipes = dict(adam=('fit_one_cycle',8e-3), ranger=('fit_flat_cos',8e-3), sgd=('fit_one_cycle',.1), rmsprop=('fit_flat_cos',1e-3),
+                radam=('fit_flat_cos',8e-3), qhadam=('fit_flat_cos',4e-3), larc=('fit_flat_cos',.1), lamb=('fit_flat_cos',1e-2))
 _modes = ('native','foreach','jit','fused')
 
 def _opt_func(name, mode):
@@ -139,7 +142,7 @@ def loss_gap(
     if a.shape!=b.shape: raise ValueError(f"curves of {len(a)} and {len(b)} losses can't be compared")
     return float((np.abs(a-b)/np.abs(b)).max()) if np.isfinite(a).all() and np.isfinite(b).all() else math.inf
 
-# %% ../../nbs/tools/demo.ipynb #f4622004
+# %% ../../nbs/tools/demo.ipynb #c125a03e
 def _compare(rows):
     "Add to each row its gaps to the first mode's training with the same optimizer, and how many times faster its median step is"
     first = {}
@@ -155,13 +158,14 @@ def demo_table(
     rows:list # Result of `run_demo`
 )->str: # The table as text
     "A table of `run_demo`'s trainings: accuracy, gap of the loss curve, and the time inside of `opt.step`"
-    out = [f"{'optimizer':<10}{'mode':<9}{'accuracy':>9}{'loss gap, epoch 1':>19}{'whole':>9}{'step, median':>14}{'':>8}{'first':>11}{'all steps':>11}{'training':>10}"]
+    out = [f"{'optimizer':<10}{'mode':<9}{'accuracy':>9}{'loss gap, epoch 1':>19}{'whole':>9}"
+           f"{'step, median':>14}{'':>8}{'first':>11}{'all steps':>11}{'training':>10}"]
     for r in _compare(rows):
-        out.append(f"{r['optimizer']:<10}{r['mode']:<9}{r['accuracy']:>9.2%}{r['gap_epoch']:>19.1e}{r['gap']:>9.1e}{r['median']*1e3:>11.3f} ms"
-                   f"{r['speedup']:>7.1f}x{r['first']*1e3:>8.1f} ms{r['total']:>9.3f} s{r['seconds']:>8.1f} s")
+        out.append(f"{r['optimizer']:<10}{r['mode']:<9}{r['accuracy']:>9.2%}{r['gap_epoch']:>19.1e}{r['gap']:>9.1e}"
+                   f"{r['median']*1e3:>11.3f} ms{r['speedup']:>7.1f}x{r['first']*1e3:>8.1f} ms{r['total']:>9.3f} s{r['seconds']:>8.1f} s")
     return '\n'.join(out)
 
-# %% ../../nbs/tools/demo.ipynb #70dfc916
+# %% ../../nbs/tools/demo.ipynb #a1d24462
 def plot_demo(
     rows:list, # Result of `run_demo`
     smooth:int=5 # Batches in the running mean of the losses
@@ -178,24 +182,27 @@ def plot_demo(
             # the first curve is broad and the others thin, dashed in turns, so that all can be seen where they coincide
             a.plot(np.arange(len(loss))+k/2, loss, color=color[r['mode']], label=r['mode'], lw=6 if i==0 else 1.8, alpha=.4 if i==0 else 1,
                    ls='-' if i==0 else (4*(i-1), (4,4*max(len(rs)-2,0))))
+        accs = [f'{f(r["accuracy"] for r in rs):.1%}' for f in (min,max)]
         a.set(yscale='log', xlabel='batch', ylabel=f'training loss, mean of {k}')
-        a.set_title(f"{name}, {rs[0]['schedule']}({rs[0]['epochs']}, {rs[0]['lr']:g}): " + ', '.join(f"{r['accuracy']:.1%}" for r in rs), fontsize=10)
+        fit = f"{rs[0]['schedule']}({rs[0]['epochs']}, {rs[0]['lr']:g})"
+        a.set_title(f"{name}, {fit}: accuracy {' to '.join(dict.fromkeys(accs))}", fontsize=10)
         a.legend(fontsize=8, handlelength=4); a.grid(alpha=.3)
         times = [np.array(r['times'])*1e3 for r in rs]
         bars = b.barh([r['mode'] for r in rs], [np.median(t) for t in times], color=[color[r['mode']] for r in rs])
         quart = np.array([np.percentile(t, [25,75]) for t in times]).T
         b.hlines(range(len(rs)), *quart, color='black', lw=1.2)
         for bar,r,q in zip(bars, rs, quart[1]):
-            b.text(max(q, bar.get_width()), bar.get_y()+bar.get_height()/2, f" {r['median']*1e3:.2f} ms" + (f", {r['speedup']:.1f}x" if r is not rs[0] else ''), va='center', fontsize=9)
+            label = f" {r['median']*1e3:.2f} ms" + (f", {r['speedup']:.1f}x" if r is not rs[0] else '')
+            b.text(max(q, bar.get_width()), bar.get_y()+bar.get_height()/2, label, va='center', fontsize=9)
         b.set_xlim(0, 1.35*max(q.max() for q in quart)); b.invert_yaxis()
         b.set_title('time in opt.step (median; line: middle half)', fontsize=10); b.set_xlabel('ms')
     return fig
 
-# %% ../../nbs/tools/demo.ipynb #ca7f6263
+# %% ../../nbs/tools/demo.ipynb #faca9b4c
 def _names(s, allowed, what):
     names = [o.strip() for o in s.split(',') if o.strip()]
-    bad = [o for o in names if o not in allowed]
-    if bad or not names: raise argparse.ArgumentTypeError(f"{what} {', '.join(bad) or repr(s)}: choose from {', '.join(allowed)}, separated by commas")
+    bad = ', '.join(o for o in names if o not in allowed)
+    if bad or not names: raise argparse.ArgumentTypeError(f"{what} {bad or repr(s)}: choose from {', '.join(allowed)}, separated by commas")
     return list(dict.fromkeys(names))
 
 def _whole(s):
@@ -208,11 +215,12 @@ def main(
     argv:list=None # Command-line arguments; None takes them from the command line
 )->int: # 0 if each training reached 97% accuracy on the held-out digits and the modes' losses agree in the first epoch, else 1
     "Train the handwritten digits in all modes, print the table of accuracies and step times, write the plot"
-    p = argparse.ArgumentParser(prog='python -m fastxtend_opt.tools.demo', description=main.__doc__)
+    p = argparse.ArgumentParser(prog='fastxtend-opt demo', description=main.__doc__)
     p.add_argument('--epochs', type=_whole, default=8, help='epochs of each training (default: 8)')
     p.add_argument('--optimizers', type=partial(_names, allowed=list(_recipes), what='optimizer'), default=['ranger','adam'],
                    help=f"separated by commas, of {', '.join(_recipes)} (default: ranger,adam)")
-    p.add_argument('--modes', type=partial(_names, allowed=_modes, what='mode'), default=list(_modes), help=f"separated by commas (default: {','.join(_modes)})")
+    p.add_argument('--modes', type=partial(_names, allowed=_modes, what='mode'), default=list(_modes),
+                   help=f"separated by commas (default: {','.join(_modes)})")
     p.add_argument('--out', type=Path, default=Path('demo.png'), help='file for the plot (default: demo.png)')
     p.add_argument('--threads', type=_whole, default=1, help='threads of torch and of the fused kernels; one is nearly as fast as '
                    'several with a network of this size, and measures better on a busy machine (default: 1)')
@@ -229,10 +237,10 @@ def main(
     fig = plot_demo(rows)
     fig.savefig(args.out, dpi=120)
     plt.close(fig)
-    gap = max(r['gap_epoch'] for r in rows)
-    agree = f"Loss curves {'agree' if gap<1e-3 else 'DIFFER'}: largest relative difference {gap:.1e} in the first epoch, {max(r['gap'] for r in rows):.1e} in the whole training."
-    print(f"\n{agree if len(args.modes)>1 else 'One mode: no curves to compare.'}")
-    print(f"Lowest accuracy {min(r['accuracy'] for r in rows):.2%} on 360 held-out digits. Plot: {args.out}. {time.perf_counter()-t:.0f} s in all.")
+    gap,whole,acc = max(r['gap_epoch'] for r in rows),max(r['gap'] for r in rows),min(r['accuracy'] for r in rows)
+    verdict = f"Loss curves {'agree' if gap<1e-3 else 'DIFFER'}: largest relative difference {gap:.1e} in the first epoch, {whole:.1e} overall."
+    print(f"\n{verdict if len(args.modes)>1 else 'One mode: no curves to compare.'}")
+    print(f"Lowest accuracy {acc:.2%} on 360 held-out digits. Plot: {args.out}. {time.perf_counter()-t:.0f} s in all.")
     low = [f"{r['optimizer']} {r['mode']}" for r in rows if not r['accuracy']>=.97]
     if low: print(f"Below 97%: {', '.join(low)}.", file=sys.stderr)
     return int(bool(low) or gap>=1e-3)

@@ -56,7 +56,7 @@ def _per_stage(v, n, name, shared=False):
                                    "(one stage with a list of learning rates for the groups is a list in a list: next_lr=[[1e-4,1e-3]])")
     return v
 
-# %% ../../nbs/training/schedule.ipynb #91cfbe94
+# %% ../../nbs/training/schedule.ipynb #1489d427
 def sched_flat_varied(
     n_epoch:int, # Number of epochs of the training, to convert epochs into fractions
     start_lr:float|np.ndarray, # Learning rate of the first stage, or an array with one for each parameter group
@@ -68,14 +68,16 @@ def sched_flat_varied(
     change_sched:Callable|list=None # Annealing of each change, a function of (start, end): `SchedCos` (default), `SchedLin`, `SchedExp`...
 )->PiecewiseSched: # Learning rate as a function of the position in the training, 0 to 1
     "Flat stages `start_lr` and `next_lr`, with changes between them that end at `change_by`, then a cosine from `pct_start`"
-    if isinstance(n_epoch, bool) or not isinstance(n_epoch, Integral) or n_epoch<1: raise ValueError(f"n_epoch must be a whole number from 1 up, got {n_epoch!r}")
-    if not isinstance(div_final, Real) or not math.isfinite(div_final) or div_final<=0: raise ValueError(f"div_final must be a number above 0, got {div_final!r}")
+    if isinstance(n_epoch, bool) or not isinstance(n_epoch, Integral) or n_epoch<1:
+        raise ValueError(f"n_epoch must be a whole number from 1 up, got {n_epoch!r}")
+    if not isinstance(div_final, Real) or not math.isfinite(div_final) or div_final<=0:
+        raise ValueError(f"div_final must be a number above 0, got {div_final!r}")
     if isinstance(pct_start, bool) or not isinstance(pct_start, Real) or not 0<=pct_start<=1:
         raise ValueError(f"pct_start must be a fraction of the training, from 0 to 1, got {pct_start!r}")
     if next_lr is None:
         if change_by is not None: raise ValueError(f"change_by={change_by!r} without next_lr: say which learning rate to change to")
         next_lr,change_by = [],[]
-    elif change_by is None: raise ValueError("next_lr without change_by: say by which epoch, or fraction of the training, it is to be reached")
+    elif change_by is None: raise ValueError("next_lr without change_by: say by which epoch, or fraction of the training, to reach it")
     next_lr = _entries(next_lr)
     n = len(next_lr)
     change_by = [_fraction(o, n_epoch, 'change_by') for o in _per_stage(change_by, n, 'change_by')]
@@ -90,8 +92,9 @@ def sched_flat_varied(
             where = "before the training" if i==0 else f"before the change to next_lr[{i-1}] is done at {prev*n_epoch:g}"
             raise ValueError(f"the change to next_lr[{i}] would begin at epoch {begin*n_epoch:g}, {where}: "
                              f"move change_by (epoch {by*n_epoch:g}) back or shorten change_time ({time*n_epoch:g} epochs; 0 is a jump)")
-        if by>pct_start+1e-9: raise ValueError(f"the change to next_lr[{i}] ends at epoch {by*n_epoch:g}, after the cosine has begun at epoch "
-                                               f"{pct_start*n_epoch:g}: use an earlier change_by or a later pct_start")
+        if by>pct_start+1e-9:
+            raise ValueError(f"the change to next_lr[{i}] ends at epoch {by*n_epoch:g}, after the cosine has begun at epoch "
+                             f"{pct_start*n_epoch:g}: use an earlier change_by or a later pct_start")
         starts += [max(begin,prev), by]
         scheds += [anneal(lr, nxt), SchedNo(nxt,nxt)]
         lr,prev = nxt,by
@@ -100,7 +103,7 @@ def sched_flat_varied(
         scheds.append(SchedCos(lr, lr/div_final))
     return PiecewiseSched(starts, scheds)
 
-# %% ../../nbs/training/schedule.ipynb #20c5da7c
+# %% ../../nbs/training/schedule.ipynb #a008d0fd
 def _group_lrs(opt, lr, name):
     "`lr` as `opt` would spread it over its groups: an array with one each"
     n,v = len(opt.hypers),lr
@@ -108,23 +111,25 @@ def _group_lrs(opt, lr, name):
         if not v.stop: raise ValueError(f"{name}={lr!r} has no end: use slice(lr) or slice(first group's, last group's)")
         v = even_mults(v.start, v.stop, n) if v.start else [v.stop/10]*(n-1)+[v.stop]
     try: v = np.atleast_1d(np.array(v, dtype=float))
-    except (TypeError,ValueError): raise ValueError(f"{name} must be a float, a slice, or a list of floats with one for each group, got {lr!r}") from None
-    if v.ndim!=1 or len(v) not in (1,n): raise ValueError(f"{name}={lr!r} has {len(v)} learning rates but the optimizer has {n} parameter group{'s'*(n!=1)}")
+    except (TypeError,ValueError):
+        raise ValueError(f"{name} must be a float, a slice, or a list of floats with one for each group, got {lr!r}") from None
+    if v.ndim!=1 or len(v) not in (1,n):
+        raise ValueError(f"{name}={lr!r} has {len(v)} learning rates but the optimizer has {n} parameter group{'s'*(n!=1)}")
     if not np.isfinite(v).all() or (v<0).any(): raise ValueError(f"{name} must be finite and not below 0, got {lr!r}")
     return np.broadcast_to(v, n).copy()
 
-# %% ../../nbs/training/schedule.ipynb #73aec0fd
+# %% ../../nbs/training/schedule.ipynb #f6123f9d
 @patch
 def fit_flat_varied(self:Learner,
     n_epoch:int, # Number of epochs
-    start_lr:float|slice|list=None, # Learning rate of the first stage; a slice or a list gives one to each parameter group; None is the Learner's
+    start_lr:float|slice|list=None, # Learning rate of the first stage; a slice or list gives each group its own; None: the Learner's
     div_final:float=1e5, # The cosine ends at the last stage's learning rate divided by this
     pct_start:float=0.75, # Where the cosine begins, as a fraction of the training; 1 leaves it out
     wd:float|slice|list=None, # Weight decay, as in `fit`; None is the Learner's, or else the optimizer's
     cbs:Callback|list=None, # Callbacks for this fit only
     reset_opt:bool=False, # Begin with a new optimizer
-    next_lr:float|slice|list=None, # Learning rate of the following stage, float or slice; a list has one entry (float, slice or list) for each of several stages
-    change_by:int|float|list=None, # When each following learning rate is reached: epochs (int, or float from 1 up) or fraction of the training (float below 1)
+    next_lr:float|slice|list=None, # Learning rate of the following stage; a list has an entry (float, slice or list) for each stage
+    change_by:int|float|list=None, # When each following learning rate is reached: epochs (int, float from 1 up) or fraction (float below 1)
     change_time:int|float|list=1, # How long each change takes, ending at `change_by`: epochs, or fraction of the training; 0 is a jump
     change_sched:Callable|list=None, # Annealing of each change, a function of (start, end): `SchedCos` (default), `SchedLin`, `SchedExp`...
     start_epoch:int=0 # Epoch at which to go on, the earlier ones being skipped
