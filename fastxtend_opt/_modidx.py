@@ -152,6 +152,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'fastxtend_opt/engine/fused.py'),
                                             'fastxtend_opt.engine.fused.AddressTable.refresh': ( 'engine/fused.html#addresstable.refresh',
                                                                                                  'fastxtend_opt/engine/fused.py'),
+                                            'fastxtend_opt.engine.fused.AddressTable.release': ( 'engine/fused.html#addresstable.release',
+                                                                                                 'fastxtend_opt/engine/fused.py'),
                                             'fastxtend_opt.engine.fused.AddressTable.reset': ( 'engine/fused.html#addresstable.reset',
                                                                                                'fastxtend_opt/engine/fused.py'),
                                             'fastxtend_opt.engine.fused.AddressTable.set_numbers': ( 'engine/fused.html#addresstable.set_numbers',

@@ -218,6 +218,13 @@ def test_files(result, tmp_path):
     assert 'quartiles' in files[1].read_text() and files[2].read_bytes()[:4]==b'\x89PNG'
 
 
+def test_nobody_ran(tmp_path, monkeypatch):
+    monkeypatch.setattr(B, 'contestants', lambda *a, **k: ([], [('everybody', 'gone')]))
+    res = B.bench_steps(TINY, rounds=1, warmup=0, limit=False, progress=False)
+    assert [f.name for f in B.save_result(res, tmp_path)]==['steps.json','steps.md']
+    assert '- everybody (adam): gone' in (tmp_path/'steps.md').read_text()
+
+
 def test_cli(tmp_path, capsys):
     argv = 'bench --models mlp2000 --modes --peers --rounds 1 --warmup 0 --quiet --threads 1 --out'.split()
     assert main([*argv, str(tmp_path)])==0
@@ -229,6 +236,7 @@ def test_cli(tmp_path, capsys):
 @pytest.mark.parametrize('argv,say', [
     (['bench','--models','resnet','--quiet'], "'resnet' is not one of"),
     (['bench','--peers','jax','--models','mlp2000','--quiet'], "'jax' is not one of torch"),
+    (['bench','--models'], 'expected at least one argument'),
     (['bench','--modes','quick'], "invalid choice: 'quick'"),
     (['bench','--goals','--tables'], 'not allowed with'),
     (['bench','--fast'], 'unrecognized arguments: --fast')])

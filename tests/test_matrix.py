@@ -3,7 +3,7 @@
 The cases are made from the registry: a new optimizer adds no code here. The default run takes each optimizer through all options at
 one scenario, and through all scenarios at one option; the whole product is marked slow.
 """
-import copy,io,multiprocessing as mp,pickle,queue,threading
+import copy,io,multiprocessing as mp,pickle,queue,threading,weakref
 from functools import lru_cache,partial
 
 import numpy as np,pytest,torch
@@ -202,7 +202,7 @@ def test_low_precision_rounds_as_native(name, decay, dtype, mode):
     else: assert_ulps(a[0], b[0], 1, torch.finfo(dtype).eps*LR)
 
 # ---------------------------------------------------------------- checkpoints
-FASTAI_SAFE = [L, np.core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]] # as fastai/learner.py's load_model
+FASTAI_SAFE = [L, np._core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]] # as fastai/learner.py's load_model
 
 def through_file(sd):
     "What `learn.save` and `learn.load` make of a state_dict"
@@ -744,6 +744,62 @@ def test_flat_buffer_views(mode):
     a,b = run(mode),run('native')
     assert_same(a, b, **TOL[torch.float32])
     assert a[999]==torch.randn(1000, generator=torch.Generator().manual_seed(1))[999]
+
+@pytest.mark.parametrize('when', [0, 3])
+@pytest.mark.parametrize('way', ['same', 'overlap'])
+@pytest.mark.parametrize('mode', MODES)
+def test_weights_tied_later(mode, way, when, threads):
+    "Two parameters over the same memory, from the start or after some steps: they are stepped in turn, as native does, with any threads"
+    def tie(i, opt, params, stream):
+        if i==when:
+            buf = torch.linspace(-1, 1, 40_000)
+            if way=='same': params[1].data = params[0].data
+            else: params[0].data,params[1].data = buf[:30_000],buf[5_000:35_000]
+        stream.set(params, i)
+    def run(m): return run_trajectory(opt_func('adam', m), 8, None, tie, params=make_params([(30_000,),(30_000,),(4,5)], channels_last=False), groups=list)
+    threads(2)
+    got,ref = run(mode),run('native')
+    for i in got: assert_same(got[i], ref[i], **TOL[torch.float32], path=f'step {i}')
+
+@pytest.mark.parametrize('mode', MODES)
+def test_parameters_and_steppers_may_change_between_steps(mode):
+    "A parameter appended to a group, one taken out, and other steppers: what was planned before does not hold on"
+    def change(i, opt, params, stream):
+        if i==3:
+            params.append(nn.Parameter(torch.ones(7, dtype=torch.float64)))
+            opt.param_lists[0].append(params[-1])
+        if i==5: opt.param_lists[1].pop(0)
+        if i==7: opt.cbs = L(weight_decay, sgd_step)
+        stream.set(params, i)
+    def run(m): return run_trajectory(opt_func('adam', m), 9, None, change, params=make_params(dtype=torch.float64, big=False), groups=lambda ps: [ps[:3], ps[3:]])
+    got,ref = run(mode),run('native')
+    for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], path=f'step {i}')
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+def test_nothing_is_kept_of_old_grads_and_state(mode):
+    "A gradient set to None and a state that was cleared are freed at once"
+    params = make_params(big=False)
+    opt = opt_func('adam', mode)(params)
+    for i in range(3):
+        GradStream().set(params, i)
+        opt.step()
+    grads,state = [weakref.ref(p.grad) for p in params],[weakref.ref(opt.state[p]['grad_avg']) for p in params]
+    for p in params: p.grad = None
+    assert not any(o() is not None for o in grads)
+    opt.clear_state()
+    GradStream().set(params, 0)
+    opt.step()
+    assert not any(o() is not None for o in state)
+
+@pytest.mark.parametrize('mode', MODES)
+def test_grads_of_fastais_tensor_class(mode):
+    from fastai.torch_core import TensorBase
+    def wrap(i, opt, params, stream):
+        stream.set(params, i)
+        for p in params: p.grad = TensorBase(p.grad)
+    def run(m): return run_trajectory(opt_func('lamb', m, wd=.1, decouple_wd=False), 4, torch.float64, wrap, params=make_params(dtype=torch.float64, big=False))
+    got,ref = run(mode),run('native')
+    for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], path=f'step {i}')
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', ['adam','lamb'])

@@ -15,7 +15,7 @@ from .cpp import cpp_kernel, kernel_threads
 # %% auto #0
 __all__ = ['CHUNK_SIZE', 'GROUP_SIZE', 'flat_layout', 'fused_sort', 'AddressTable', 'KernelLaunch']
 
-# %% ../../nbs/engine/06_fused.ipynb #5ab7831d
+# %% ../../nbs/engine/06_fused.ipynb #381b1b80
 _reader_source = '''#include <cstdint>
 #include <cstddef>
 typedef struct _object PyObject;
@@ -26,6 +26,7 @@ PyObject* PyObject_GetAttrString(PyObject*, const char*);
 PyObject* PyObject_CallNoArgs(PyObject*);
 void* PyLong_AsVoidPtr(PyObject*);
 int PyDict_SetItem(PyObject*, PyObject*, PyObject*);
+int PyList_SetItem(PyObject*, ptrdiff_t, PyObject*);
 PyObject* PyList_GetItem(PyObject*, ptrdiff_t);
 PyObject* PyTuple_GetItem(PyObject*, ptrdiff_t);
 ptrdiff_t PyList_Size(PyObject*);
@@ -74,7 +75,7 @@ static inline void fetch(const Hint& h) {
 }
 static ptrdiff_t differs(ptrdiff_t i) { PyErr_Clear(); return i; }
 // Rows: [parameter, gradient, state tensors ...]. Returns -1 if all is as it was, else the first row that isn't (or can't be read).
-extern "C" int64_t look_all(const Exchange* api, PyObject* params, PyObject* states, PyObject* names, PyObject* keys, PyObject* numbers, PyObject* grad, PyObject* none,
+extern "C" int64_t look_all(const Exchange* api, PyObject* params, PyObject* states, PyObject* names, PyObject* keys, PyObject* numbers, PyObject* grad, PyObject* none, PyObject* grads,
                             int64_t* address, uint64_t* sig, Hint* hint, int record) {
     const ptrdiff_t n = PyList_Size(params), nt = PyTuple_Size(names), nk = PyTuple_Size(keys), ncol = nt + 2;
     for (ptrdiff_t i = 0; i < n; i++) {
@@ -88,10 +89,9 @@ extern "C" int64_t look_all(const Exchange* api, PyObject* params, PyObject* sta
         LOOK(p, 0)
         PyObject* g = PyObject_GetAttr(p, grad);
         if (!g) return differs(i);
-        const bool ok = g != none && look(api, g, a + 1, &h);
-        if (record && ok) hint[i*ncol + 1] = place(g);
-        Py_DecRef(g);
-        if (!ok) return differs(i);
+        if (PyList_SetItem(grads, i, g)) return differs(i); // the list owns g: no other thread can free it before the kernel has run
+        if (g == none || !look(api, g, a + 1, &h)) return differs(i);
+        if (record) hint[i*ncol + 1] = place(g);
         if (record) s[1] = h; else if (s[1] != h) return i;
         if (PyDict_Size(st) != nt + nk) return i;
         for (ptrdiff_t c = 0; c < nt; c++) {
@@ -120,13 +120,13 @@ extern "C" int set_all(PyObject* dicts, PyObject* keys, PyObject* values) {
 }
 '''
 
-# %% ../../nbs/engine/06_fused.ipynb #e99dfe3b
+# %% ../../nbs/engine/06_fused.ipynb #42a4ac92
 def _reader():
     "The C functions, and the address of torch's exchange table"
     lib = load_library(_reader_source, python=True)
     if not hasattr(lib, 'api'):
         o,v = ctypes.py_object,ctypes.c_void_p
-        lib.look_all.restype,lib.look_all.argtypes = ctypes.c_int64,[v, o, o, o, o, o, o, o, v, v, v, ctypes.c_int]
+        lib.look_all.restype,lib.look_all.argtypes = ctypes.c_int64,[v, o, o, o, o, o, o, o, o, v, v, v, ctypes.c_int]
         lib.set_all.restype,lib.set_all.argtypes = ctypes.c_int,[o, o, o]
         get = ctypes.pythonapi.PyCapsule_GetPointer
         get.restype,get.argtypes = v,[o, ctypes.c_char_p]
@@ -145,7 +145,7 @@ def flat_layout(
         expect *= sz
     return True
 
-# %% ../../nbs/engine/06_fused.ipynb #bd7a2e5f
+# %% ../../nbs/engine/06_fused.ipynb #60a30cea
 def fused_sort(p, g, st):
     "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
     if not flat_layout(p): return 'foreach'
@@ -176,13 +176,17 @@ class AddressTable:
     def set_numbers(self): self.keys,self.numbers = tuple(self.cohort.numbers),tuple(self.cohort.numbers.values())
 
     def _look(self, record):
-        c = self.cohort
-        r = self.lib.look_all(self.lib.api, c.params, c.states, self.names, self.keys, self.numbers, 'grad', None, self.address.ctypes.data, self.sig.ctypes.data, self.hint.ctypes.data, record)
+        c,self.grads = self.cohort,[None]*len(self.cohort)
+        r = self.lib.look_all(self.lib.api, c.params, c.states, self.names, self.keys, self.numbers, 'grad', None, self.grads, self.address.ctypes.data, self.sig.ctypes.data, self.hint.ctypes.data, record)
         return r == -1
 
     def refresh(self) -> bool:
-        "Read all addresses; False if anything but an address has changed"
+        "Read all addresses, and hold the gradients in `grads` (until `release`); False if anything but an address has changed"
         return self._look(False)
+
+    def release(self):
+        "Let go of the gradients"
+        self.grads = None
 
     def write(self, numbers):
         "Write `numbers` into the state of all parameters"
@@ -190,10 +194,9 @@ class AddressTable:
 
     def copied_grads(self):
         "Gradients in the layout of their parameters, written into the table in the place of the real ones"
-        grads = [p.grad for p in self.cohort.params]
-        new = [torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g) for p,g in zip(self.cohort.params, grads)]
+        new = [torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g) for p,g in zip(self.cohort.params, self.grads)]
         self.address[:,1] = [g.data_ptr() for g in new]
-        return grads,new
+        return self.grads,new
 
 # %% ../../nbs/engine/06_fused.ipynb #6a17d5ab
 CHUNK_SIZE = 1<<14 # Elements of a chunk

@@ -240,7 +240,7 @@ class _FusedPlan(_Plan):
         if key not in self.launches: self.launches[key] = KernelLaunch([self.tables[c] for c in cohorts])
         return self.launches[key]
 
-# %% ../../nbs/engine/07_optimizer.ipynb #ad3edff4
+# %% ../../nbs/engine/07_optimizer.ipynb #21e8e5ac
 class FusedOptimizer(TapeOptimizer):
     "Runs its steppers as one generated kernel: one pass over memory for all parameters"
     _sort,_make_plan = staticmethod(fused_sort),_FusedPlan
@@ -262,10 +262,11 @@ class FusedOptimizer(TapeOptimizer):
             cohorts,tapes = zip(*pairs)
             for c in cohorts: # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
                 torch.autograd.graph.increment_version(c.params)
-                if any(i == 1 for i,_ in tapes[0].stores): torch.autograd.graph.increment_version([p.grad for p in c.params])
+                if any(i == 1 for i,_ in tapes[0].stores): torch.autograd.graph.increment_version(plan.tables[c].grads)
             plan.launch(cohorts)(cpp_kernel(tapes[0]), tapes)
         for tape,grads,new in copies: # a stepper that changes gradients changes the real ones
             if any(i == 1 for i,_ in tape.stores): torch._foreach_copy_(grads, new)
+        for t in plan.tables.values(): t.release()
 
     def _write(self, c, numbers):
         if c in self._plan.tables: self._plan.tables[c].write(numbers)

@@ -252,7 +252,7 @@ def _turn(c, pset, flush):
     t2 = time.perf_counter()
     return t1-t0, t2-t0
 
-# %% ../../nbs/tools/benchmark.ipynb #43ac3eae
+# %% ../../nbs/tools/benchmark.ipynb #7b3a3f30
 def _free_bytes():
     try: return next(int(l.split()[1])*1024 for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
     except (OSError, StopIteration): return 2**62
@@ -315,6 +315,7 @@ def bench_case(
     flush = torch.zeros(2*_cache_bytes()//4)
     with _no_gc():
         for r in bar(range(warmup+rounds)):
+            if not names: break
             now = names[r%len(names):] + names[:r%len(names)]
             if r>=warmup: order.append(now)
             for k in now:
@@ -486,7 +487,7 @@ def plot_steps(
         fig.savefig(path)
     return fig
 
-# %% ../../nbs/tools/benchmark.ipynb #dd22103b
+# %% ../../nbs/tools/benchmark.ipynb #f45b0691
 _few = [(0,1,(256,64)), (0,0,(256,)), (0,1,(10,256))]
 
 def _find(optimizer, lib, mode):
@@ -520,7 +521,10 @@ def _probe_memory(optimizer, lib, mode, rows, trace=False):
     if trace:
         here = str(_package/'engine')
         stats = tracemalloc.take_snapshot().statistics('filename')
-        return dict(tables_kb=sum(s.size for s in stats if s.traceback[0].filename.startswith(here))/1024)
+        # the dicts and tensor objects of the states are there in every mode
+        states = sum(sys.getsizeof(st) + sum(sys.getsizeof(v) for v in st.values() if torch.is_tensor(v)) for st in opt.state.values())
+        held = sum(s.size for s in stats if s.traceback[0].filename.startswith(here))
+        return dict(tables_kb=max(0, held-states-sys.getsizeof(opt.state))/1024)
     Path('/proc/self/clear_refs').write_text('5') # resets the high-water mark
     rss = _status_kb('VmRSS')
     opt.step()
@@ -540,7 +544,7 @@ def _spawn(func, env=None, **kw):
         raise RuntimeError(f"{func} of {kw.get('lib')} {kw.get('mode')}: {why}")
     return json.loads(r.stdout.strip().splitlines()[-1])
 
-# %% ../../nbs/tools/benchmark.ipynb #df71d369
+# %% ../../nbs/tools/benchmark.ipynb #203d4c18
 def first_step(
     optimizer:str='adam', # Algorithm
     mode:str='fused', # Mode, or a peer's implementation
@@ -562,7 +566,7 @@ def step_memory(
     """Memory of a step beside parameters, gradients and states. Measured in fresh processes, with one thread: `peak_kb` is the rise of the
     resident high-water mark during the third step, with an allocator that gives back at once what is freed (or a step could reuse what the
     one before it left, and seem to need nothing); Linux counts it to about 0.2 MB. `tables_kb` is what tracemalloc finds that the engine
-    holds after two steps."""
+    holds after two steps, less the states' own dicts and tensor objects."""
     kw = dict(optimizer=optimizer, lib=lib, mode=mode, rows=model)
     out = dict(optimizer=optimizer, lib=lib, mode=mode, model=model if isinstance(model, str) else 'custom')
     out |= _spawn('_probe_memory', **kw)
@@ -691,7 +695,7 @@ def goal_report(
                       '## Memory of a step\n', _md(['', 'optimizer', 'model', 'parameters KB', 'peak KB', 'tables KB'], mem) + '\n',
                       '## Step times\n', report(result)])
 
-# %% ../../nbs/tools/benchmark.ipynb #4e310a25
+# %% ../../nbs/tools/benchmark.ipynb #7096db3a
 def save_result(
     result:dict, # What `bench_steps` or `bench_goals` returned
     out:str|Path, # Folder
@@ -704,6 +708,7 @@ def save_result(
     cases = dict.fromkeys((r['layout'],r['optimizer']) for r in result['rows'])
     tables = [f"## {o}, {_layouts[l]}\n\n{speed_table(result, o, l)}\n" for l,o in cases]
     files[1].write_text(goal_report(result)+'\n' if result['kind']=='goals' else '\n'.join(tables + [report(result)])+'\n')
+    if not result['rows']: return files[:2]
     import matplotlib.pyplot as plt
     plt.close(plot_steps(result, path=files[2]))
     return files

@@ -9,19 +9,19 @@ import argparse, sys
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/tools/cli.ipynb #326e1ccf
+# %% ../../nbs/tools/cli.ipynb #3a4ff217
 def _bench_parser(sub):
     p = sub.add_parser('bench', help='step times of optimizers, modes and peers',
         description='Step times of optimizers x modes x peers on the parameters of real models, in turns, beside the memory limit.')
     def add(name, help, **kw): p.add_argument(name, help=help + ('' if kw.get('default') is None else ' (default: %(default)s)'), **kw)
-    many,n = dict(nargs='*', metavar='NAME'),dict(type=int, metavar='N')
-    add('--models', "stored parameter sets, or 'all'; see --list", default=['xresnet18','xresnet50','mlp2000'], **many)
-    add('--optimizers', "algorithms, or 'all'", default=['adam'], **many)
+    some,many,n = dict(nargs='+', metavar='NAME'),dict(nargs='*', metavar='NAME'),dict(type=int, metavar='N')
+    add('--models', "stored parameter sets, or 'all'; see --list", default=['xresnet18','xresnet50','mlp2000'], **some)
+    add('--optimizers', "algorithms, or 'all'", default=['adam'], **some)
     add('--modes', "this library's modes; 'native' too", default=['foreach','jit','fused'],
         choices=['native','foreach','jit','fused'], **many)
     add('--peers', 'other libraries (default: all that are installed; torch only with --tables)', **many)
     add('--layouts', 'one: a single group; groups: layer groups, no weight decay on norms and biases', default=['one'],
-        choices=['one','groups'], **many)
+        choices=['one','groups'], **some)
     add('--rounds', 'samples of each contestant', default=20, **n)
     add('--warmup', 'rounds before the first sample', default=3, **n)
     add('--threads', "threads (default: torch's own number)", **n)

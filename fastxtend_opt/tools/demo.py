@@ -99,9 +99,9 @@ class StepTimer(Callback):
     def after_batch(self): self.step_losses.append(self.learn.loss.item())
     def after_fit(self): self.learn.__dict__.pop('_step', None)
 
-# %% ../../nbs/tools/demo.ipynb #964c2189
+# %% ../../nbs/tools/demo.ipynb #b60e150c
 _recipes = dict(adam=('fit_one_cycle',8e-3), ranger=('fit_flat_cos',8e-3), sgd=('fit_one_cycle',.1), rmsprop=('fit_flat_cos',1e-3),
-                radam=('fit_flat_cos',8e-3), qhadam=('fit_flat_cos',4e-3), larc=('fit_flat_cos',.1), lamb=('fit_flat_cos',1e-2))
+                radam=('fit_flat_cos',8e-3), qhadam=('fit_flat_cos',4e-3), larc=('fit_flat_cos',.3), lamb=('fit_flat_cos',2e-2))
 _modes = ('native','foreach','jit','fused')
 
 def _opt_func(name, mode):
