@@ -7,7 +7,7 @@ from fastai.optimizer import Optimizer, average_grad, l2_reg, sgd_step, weight_d
 from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer
 from fastxtend_opt.engine.tape import TapeSlot, UnsupportedError, trace_steppers
 from fastxtend_opt.engine.cpp import TapePhases, emit_cpp
-from fastxtend_opt.engine.fused import GROUP_SIZE
+from fastxtend_opt.engine.fused import SOLO_SIZE
 
 MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer)
 SHAPES = [(3,), (4,5), (), (2,3,4), (20_011,), (0,), (1,)]
@@ -97,12 +97,21 @@ def test_two_groups_one_launch(mode):
     for o,xs in ((a,ps),(b,qs)): o.state[xs[0]]['do_wd'] = False; o.set_hyper('lr', [.01,.1])
     run(ps, qs, a, b)
 
-def test_many_groups_of_tensors():
-    "More elements than pass through the phases together"
-    ps,qs,a,b = pair(FusedOptimizer, [chained], [(GROUP_SIZE//3,)]*5 + [(7,)]*300 + [(2*GROUP_SIZE+1,)], lr=.1)
-    run(ps, qs, a, b, n=2)
-    launch, = b._plan.launches.values()
-    assert len(launch.groups[1]) > 3 and launch.groups[1][-1].tolist() == [306, len(launch.chunks)]
+@pytest.mark.parametrize('threads', [1,2])
+def test_solo_and_wide_groups(threads):
+    "Big tensors between small ones, at the ends, and enough small ones for several groups"
+    n = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        shapes = [(SOLO_SIZE+1,), (7,), (SOLO_SIZE//4,), *[(31,)]*300, (SOLO_SIZE,), (SOLO_SIZE+3,), (5,), (2*SOLO_SIZE,)]
+        ps,qs,a,b = pair(FusedOptimizer, [chained], shapes, lr=.1)
+        run(ps, qs, a, b, n=2)
+        launch, = b._plan.launches.values()
+        solo,wide = launch.groups[1]
+        rows = sorted([*solo.tolist(), *wide.tolist()])
+        assert len(wide) == 3 and len(solo) > 2
+        assert rows[0][:2] == [0,0] and rows[-1][2:] == [len(shapes), len(launch.chunks)] and all(x[2:] == y[:2] for x,y in zip(rows, rows[1:]))
+    finally: torch.set_num_threads(n)
 
 def test_postponed_store():
     f64 = torch.float64

@@ -292,14 +292,14 @@ class TestForeachAdam(life('foreach', 'adam', 15, 30, derandomize=True)): pass
 class TestJitAdam(life('jit', 'adam', 10, 30, casts=False, derandomize=True)): pass
 
 @pytest.mark.slow
-class TestFusedAdamLong(life('fused', 'adam', 1000, 60)): pass
+class TestFusedAdamLong(life('fused', 'adam', 300, 60)): pass
 @pytest.mark.slow
-class TestFusedRangerLong(life('fused', 'ranger', 300, 60)): pass
+class TestFusedRangerLong(life('fused', 'ranger', 100, 60)): pass
 @pytest.mark.slow
-class TestFusedLambLong(life('fused', 'lamb', 300, 60)): pass
+class TestFusedLambLong(life('fused', 'lamb', 100, 60)): pass
 @pytest.mark.slow
-class TestFusedLarcLong(life('fused', 'larc', 300, 60)): pass
+class TestFusedLarcLong(life('fused', 'larc', 100, 60)): pass
 @pytest.mark.slow
-class TestForeachRangerLong(life('foreach', 'ranger', 300, 60)): pass
+class TestForeachRangerLong(life('foreach', 'ranger', 100, 60)): pass
 @pytest.mark.slow
-class TestJitRangerLong(life('jit', 'ranger', 200, 60)): pass
+class TestJitRangerLong(life('jit', 'ranger', 60, 60)): pass

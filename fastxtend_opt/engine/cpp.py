@@ -105,7 +105,7 @@ template<class F> static void each(int threads, i64 n, F f) {
 
 _ctype = {torch.float32:'float', torch.float64:'double', torch.bfloat16:'bf16', torch.float16:'f16'}
 
-# %% ../../nbs/engine/05_cpp.ipynb #13a1956b
+# %% ../../nbs/engine/05_cpp.ipynb #c1506846
 def emit_cpp(
     tape:Tape # What to do
 ) -> str: # C++ source with one exported function, `run`
@@ -120,15 +120,19 @@ def emit_cpp(
     for k in range(ph.n):
         if ph.scalars[k] or _scalar_stores(tape, ph, k): out.append(_emit_values(tape, ph, k, vid, rid, nred))
         if ph.stored(k) or ph.sums(k): out.append(_emit_pass(tape, ph, k, vid, rid))
-    out += ['extern "C" void run(int threads, i64 ngroups, const i64* groups, const i64* chunks, const i64* tensors, const i64* const* tables, const double* numbers, double* partial, double* values) {',
-            '    for (i64 g = 0; g < ngroups; g++) {', '        const i64 t0 = groups[2*g], c0 = groups[2*g+1], nt = groups[2*g+2] - t0, nc = groups[2*g+3] - c0;']
+    args = 'const i64* chunks, const i64* tensors, const i64* const* tables, const double* numbers, double* partial, double* values'
+    out += [f'static void group(int threads, const i64* g, {args}) {{', '    const i64 t0 = g[0], c0 = g[1], nt = g[2] - t0, nc = g[3] - c0;']
     for k in range(ph.n):
         if ph.scalars[k] or _scalar_stores(tape, ph, k):
-            out.append(f'        each(nt > 256 ? threads : 1, nt, [=](i64 i) {{ const i64 t = t0 + i, *d = tensors + 5*t; values{k}(tables[d[0]] + d[1]*{ncol}, d, numbers + d[0]*{nsc}, values + t*{nv}, partial); }});')
+            out.append(f'    each(nt > 256 ? threads : 1, nt, [=](i64 i) {{ const i64 t = t0 + i, *d = tensors + 5*t; values{k}(tables[d[0]] + d[1]*{ncol}, d, numbers + d[0]*{nsc}, values + t*{nv}, partial); }});')
         if ph.stored(k) or ph.sums(k):
             at = 'c0 + i' if k % 2 == 0 else 'c0 + nc - 1 - i' # backwards: what is still in the cache comes first
-            out.append(f'        each(threads, nc, [=](i64 i) {{ const i64 c = {at}, *d = chunks + 5*c; pass{k}(tables[d[0]] + d[1]*{ncol}, d[2], d[3], numbers + d[0]*{nsc}, values + d[4]*{nv}, partial + c*{nred}); }});')
-    return '\n'.join(out + ['    }', '}']) + '\n'
+            out.append(f'    each(threads, nc, [=](i64 i) {{ const i64 c = {at}, *d = chunks + 5*c; pass{k}(tables[d[0]] + d[1]*{ncol}, d[2], d[3], numbers + d[0]*{nsc}, values + d[4]*{nv}, partial + c*{nred}); }});')
+    names = ', '.join(a.split()[-1].lstrip('*') for a in args.split(','))
+    out += ['}', f'extern "C" void run(int threads, i64 nsolo, const i64* solo, i64 nwide, const i64* wide, {args}) {{',
+            f'    each(threads, nsolo, [=](i64 i) {{ group(1, solo + 4*i, {names}); }});',
+            f'    for (i64 i = 0; i < nwide; i++) group(threads, wide + 4*i, {names});', '}']
+    return '\n'.join(out) + '\n'
 
 def _scalar_stores(tape, ph, k): return [(i,r) for i,r in tape.stores if tape.slots[i].kind=='s' and ph._level(r)==k]
 
@@ -199,30 +203,27 @@ def _emit_values(tape, ph, k, vid, rid, nred):
     lines += [f'    st(*({_ctype[slots[i].dtype]}*)T[{i}], {val(r)});' for i,r in stores]
     return '\n'.join(lines + ['}'])
 
-# %% ../../nbs/engine/05_cpp.ipynb #7c64cf22
-_threads = dict(used=False, forked=False)
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: _threads.update(forked=_threads['used'] or _threads['forked']))
+# %% ../../nbs/engine/05_cpp.ipynb #4945ea13
+_process = dict(forked=False)
+if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: _process.update(forked=True))
 
 def kernel_threads(
     elements:int # Elements that are worked on
 ) -> int: # Threads for a kernel
     "As many threads as torch uses, but no more than there is work for"
-    n = min(torch.get_num_threads(), 1 + elements//32768)
-    if n > 1 and _threads['forked']: return 1
-    if n > 1: _threads['used'] = True
-    return n
+    return 1 if _process['forked'] else min(torch.get_num_threads(), 1 + elements//32768)
 
-# %% ../../nbs/engine/05_cpp.ipynb #fde1e327
+# %% ../../nbs/engine/05_cpp.ipynb #6d02637c
 _kernels,_lock = {},threading.Lock()
 
 def cpp_kernel(
     tape:Tape # What to do
-): # ctypes function: threads, number of groups, groups, chunks, tensors, tables, numbers, partial results and values of tensors
+): # ctypes function: threads, solo groups (number, rows), wide groups (number, rows), chunks, tensors, tables, numbers, partial results and values of tensors
     "Compile `tape` for the CPU, once for each key"
     with _lock:
         if (f := _kernels.get(tape.key)) is None:
             f = load_library(emit_cpp(tape)).run
             i,a = ctypes.c_int64,ctypes.c_void_p
-            f.restype,f.argtypes = None,[ctypes.c_int, i, a, a, a, a, a, a, a]
+            f.restype,f.argtypes = None,[ctypes.c_int, i, a, i, a, a, a, a, a, a, a]
             _kernels[tape.key] = f
     return f

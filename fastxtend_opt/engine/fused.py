@@ -13,7 +13,7 @@ from .build import load_library
 from .cpp import cpp_kernel, kernel_threads
 
 # %% auto #0
-__all__ = ['CHUNK_SIZE', 'GROUP_SIZE', 'flat_layout', 'fused_sort', 'AddressTable', 'KernelLaunch']
+__all__ = ['CHUNK_SIZE', 'SOLO_SIZE', 'flat_layout', 'fused_sort', 'AddressTable', 'KernelLaunch']
 
 # %% ../../nbs/engine/06_fused.ipynb #381b1b80
 _reader_source = '''#include <cstdint>
@@ -198,9 +198,9 @@ class AddressTable:
         self.address[:,1] = [g.data_ptr() for g in new]
         return self.grads,new
 
-# %% ../../nbs/engine/06_fused.ipynb #6a17d5ab
+# %% ../../nbs/engine/06_fused.ipynb #21d04239
 CHUNK_SIZE = 1<<14 # Elements of a chunk
-GROUP_SIZE = 1<<18 # Elements of a group of tensors that pass through all phases of a kernel together
+SOLO_SIZE = 1<<17 # Elements of the biggest tensor that a thread takes alone through all phases of a kernel
 
 def _chunks(table, i, first_tensor, first_chunk):
     "Rows of chunks and tensors of cohort number `i` of a launch"
@@ -224,13 +224,21 @@ class KernelLaunch:
         self.chunks,self.tensors = np.concatenate(chunks),np.concatenate(tensors)
         self.elements = int(self.tensors[:,4].sum())
         self.addresses = np.array([t.address.ctypes.data for t in tables], dtype=np.int64)
-        self.scratch,self.groups = {},[self._groups(n) for n in (None, GROUP_SIZE)]
+        self.scratch,self.groups = {},(self._groups(False), self._groups(True))
 
-    def _groups(self, size):
-        "First tensor and first chunk of groups of about `size` elements, and the ends"
-        ends = [0,len(self.tensors)] if size is None else [0, *(1+np.flatnonzero(np.diff(np.cumsum(self.tensors[:,4])//size))), len(self.tensors)]
+    def _groups(self, phases):
+        "Solo and wide groups; a kernel of one phase has no need of any, and takes all as one wide group"
         first = np.append(np.cumsum(self.tensors[:,3])-self.tensors[:,3], len(self.chunks))
-        return np.ascontiguousarray(np.stack([ends, first[ends]], 1).astype(np.int64))
+        if not phases: return np.zeros((0,4), np.int64),np.array([[0, 0, len(self.tensors), len(self.chunks)]])
+        solo,wide,start,size = [],[],0,0
+        for i,n in enumerate(self.tensors[:,4].tolist()):
+            if n > SOLO_SIZE or size >= SOLO_SIZE//4: # close the open group
+                if i > start: solo.append((start, i))
+                start,size = i,0
+            if n > SOLO_SIZE: wide.append((i, i+1)); start = i+1
+            else: size += n
+        if start < len(self.tensors): solo.append((start, len(self.tensors)))
+        return tuple(np.array([(a, first[a], b, first[b]) for a,b in o], np.int64).reshape(-1,4) for o in (solo, wide))
 
     def __call__(self,
         kernel, # Result of `cpp_kernel`
@@ -242,6 +250,6 @@ class KernelLaunch:
             s = self.scratch[nred] = (np.zeros(max(nred*len(self.chunks), 1)), np.zeros(max(nred*len(self.tensors), 1)))
         numbers = np.array([t.scalars or [0.] for t in tapes], dtype=np.float64)
         for i,t in enumerate(self.tables): self.addresses[i] = t.address.ctypes.data
-        groups = self.groups[nred > 0]
-        kernel(kernel_threads(self.elements), len(groups)-1, groups.ctypes.data, self.chunks.ctypes.data, self.tensors.ctypes.data,
+        solo,wide = self.groups[nred > 0]
+        kernel(kernel_threads(self.elements), len(solo), solo.ctypes.data, len(wide), wide.ctypes.data, self.chunks.ctypes.data, self.tensors.ctypes.data,
                self.addresses.ctypes.data, numbers.ctypes.data, s[0].ctypes.data, s[1].ctypes.data)
