@@ -85,7 +85,7 @@ class _Plan:
 
     def fresh(self, c): return c.unchanged()
 
-# %% ../../nbs/engine/07_optimizer.ipynb #6391f552
+# %% ../../nbs/engine/07_optimizer.ipynb #9ff65d4c
 class TapeOptimizer(Optimizer):
     "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
     _sort = None # What cohorts are sorted by beside dtypes and state
@@ -174,9 +174,7 @@ class TapeOptimizer(Optimizer):
         if any(map(attrgetter('requires_grad'), grads)):
             for g in grads: g.detach_()
         with torch.no_grad():
-            if any(g.layout is not torch.strided for g in grads):
-                for g in grads: g.zero_()
-            elif grads: torch._foreach_zero_(grads)
+            if grads: torch._foreach_zero_(grads)
 
     def state_dict(self):
         "State and hyper-parameters in fastai's layout, as plain lists and dicts"
