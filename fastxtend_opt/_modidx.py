@@ -82,6 +82,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'fastxtend_opt/engine/cohort.py'),
                                              'fastxtend_opt.engine.cohort.Cohort.__repr__': ( 'engine/cohort.html#cohort.__repr__',
                                                                                               'fastxtend_opt/engine/cohort.py'),
+                                             'fastxtend_opt.engine.cohort.Cohort.addresses': ( 'engine/cohort.html#cohort.addresses',
+                                                                                               'fastxtend_opt/engine/cohort.py'),
                                              'fastxtend_opt.engine.cohort.Cohort.keep': ( 'engine/cohort.html#cohort.keep',
                                                                                           'fastxtend_opt/engine/cohort.py'),
                                              'fastxtend_opt.engine.cohort.Cohort.tensors': ( 'engine/cohort.html#cohort.tensors',

@@ -11,7 +11,7 @@ from .tape import TapeSlot, UnsupportedError
 # %% auto #0
 __all__ = ['FLOAT_DTYPES', 'Cohort', 'check_tensors', 'check_state', 'make_cohorts']
 
-# %% ../../nbs/engine/02_cohort.ipynb #79deab9e
+# %% ../../nbs/engine/02_cohort.ipynb #001c7b86
 FLOAT_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} # dtypes a step can work on
 
 _grad,_dtype,_device,_layout = map(attrgetter, ('grad','dtype','device','layout'))
@@ -35,7 +35,11 @@ class Cohort:
 
     def keep(self):
         "Remember what the cohort was made from"
-        self.kept = [list(map(torch.Tensor.numel, self.params)), *(list(map(itemgetter(s.name), self.states)) for s in self.slots[2:])]
+        self.kept = [list(map(torch.Tensor.numel, self.params)), self.addresses(), *(list(map(itemgetter(s.name), self.states)) for s in self.slots[2:])]
+
+    def addresses(self):
+        "Where the parameters' data is: parameters that have moved may share memory now (as tied weights do)"
+        return list(map(torch.Tensor.data_ptr, self.params))
 
     def unchanged(self) -> bool:
         "Would the same cohort be made again, as far as that can be seen quickly?"
@@ -44,11 +48,11 @@ class Cohort:
         if any(g is None for g in gs): return False
         for ts,s in ((ps, self.slots[0]), (gs, self.slots[1])):
             if set(map(_dtype, ts)) != {s.dtype} or set(map(_device, ts)) != {self.device} or list(map(torch.Tensor.numel, ts)) != self.kept[0]: return False
-        if set(map(_layout, gs)) != {torch.strided} or (self.shape is not None and any(p.shape != self.shape for p in ps)): return False
+        if set(map(_layout, gs)) != {torch.strided} or self.addresses() != self.kept[1] or (self.shape is not None and any(p.shape != self.shape for p in ps)): return False
         if set(map(len, states)) != {len(self.numbers) + len(self.slots) - 2}: return False
         try:
             return (all(list(map(itemgetter(k), states)).count(v) == len(states) for k,v in self.numbers.items()) and
-                    all(all(map(is_, map(itemgetter(s.name), states), old)) for s,old in zip(self.slots[2:], self.kept[1:])))
+                    all(all(map(is_, map(itemgetter(s.name), states), old)) for s,old in zip(self.slots[2:], self.kept[2:])))
         except KeyError: return False
 
     def __len__(self): return len(self.params)

@@ -145,7 +145,7 @@ def flat_layout(
         expect *= sz
     return True
 
-# %% ../../nbs/engine/06_fused.ipynb #60a30cea
+# %% ../../nbs/engine/06_fused.ipynb #4caf3919
 def fused_sort(p, g, st):
     "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
     if not flat_layout(p): return 'foreach'
@@ -172,6 +172,7 @@ class AddressTable:
         self.set_numbers()
         self.address,self.sig,self.hint = (np.zeros((len(c), len(c.slots)*k), t) for t,k in ((np.int64,1), (np.uint64,1), (np.int64,3)))
         if not self._look(True): raise RuntimeError("a tensor's memory can't be read; use foreach=True") # pragma: no cover
+        self.home = self.address[:,0].copy()
 
     def set_numbers(self): self.keys,self.numbers = tuple(self.cohort.numbers),tuple(self.cohort.numbers.values())
 
@@ -181,8 +182,8 @@ class AddressTable:
         return r == -1
 
     def refresh(self) -> bool:
-        "Read all addresses, and hold the gradients in `grads` (until `release`); False if anything but an address has changed"
-        return self._look(False)
+        "Read all addresses, and hold the gradients in `grads` (until `release`); False if anything but an address has changed, or a parameter has moved (it may share memory now)"
+        return self._look(False) and np.array_equal(self.address[:,0], self.home)
 
     def release(self):
         "Let go of the gradients"
