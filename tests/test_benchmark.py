@@ -263,3 +263,14 @@ def test_python_m():
 def test_progress_bar(capsys):
     B.bench_steps(TINY, 'adam', (), (), rounds=2, warmup=0, progress=True)
     assert '100' in capsys.readouterr().out
+
+
+def test_moved_parameters_come_back():
+    "A peer that gives a parameter other memory must not leave the next contestants, or the memory limit's addresses, with it"
+    from fastxtend_opt.tools.benchmark import ParamSet
+    ps = ParamSet([(0, 1, (3,)), (0, 0, (2,2))])
+    home = [t.data_ptr() for t in ps.params + ps.grads]
+    for t in ps.params + ps.grads: t.data = t.data.clone()
+    assert [t.data_ptr() for t in ps.params + ps.grads] != home
+    ps.restore()
+    assert [t.data_ptr() for t in ps.params + ps.grads] == home and all(p.grad is g for p,g in zip(ps.params, ps.grads))

@@ -103,13 +103,14 @@ def test_solo_and_wide_groups(threads):
     n = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        shapes = [(SOLO_SIZE+1,), (7,), (SOLO_SIZE//4,), *[(31,)]*300, (SOLO_SIZE,), (SOLO_SIZE+3,), (5,), (2*SOLO_SIZE,)]
+        big = 3*SOLO_SIZE
+        shapes = [(big,), (7,), (SOLO_SIZE//4,), *[(31,)]*300, (SOLO_SIZE,), (big+3,), (5,), (2*big,)]
         ps,qs,a,b = pair(FusedOptimizer, [chained], shapes, lr=.1)
         run(ps, qs, a, b, n=2)
         launch, = b._plan.launches.values()
-        solo,wide = launch.groups[1]
+        solo,wide = launch.groups[threads]
         rows = sorted([*solo.tolist(), *wide.tolist()])
-        assert len(wide) == 3 and len(solo) > 2
+        assert len(wide) == (1 if threads == 1 else 3) and len(solo) > 2
         assert rows[0][:2] == [0,0] and rows[-1][2:] == [len(shapes), len(launch.chunks)] and all(x[2:] == y[:2] for x,y in zip(rows, rows[1:]))
     finally: torch.set_num_threads(n)
 

@@ -59,7 +59,7 @@ class TapePhases:
         return False
     def _work(self, k): return self._walk(k)
 
-# %% ../../nbs/engine/05_cpp.ipynb #ec976ea4
+# %% ../../nbs/engine/05_cpp.ipynb #ebcd8ddc
 _prelude = '''#include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -88,7 +88,7 @@ static inline void st(float& h, double f) { h = float(f); }
 static inline void st(double& h, double f) { h = f; }
 template<class F> static void each(int threads, i64 n, F f) {
     if (threads <= 1 || n <= 1) { for (i64 i = 0; i < n; i++) f(i); return; }
-    i64 grain = n / (threads * 32); if (grain < 1) grain = 1;
+    i64 grain = n / (threads * 256); if (grain < 1) grain = 1;
 #ifdef _OPENMP
     #pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
     for (i64 i = 0; i < n; i++) f(i);

@@ -15,7 +15,7 @@ from .cpp import cpp_kernel, kernel_threads
 # %% auto #0
 __all__ = ['CHUNK_SIZE', 'SOLO_SIZE', 'flat_layout', 'fused_sort', 'AddressTable', 'KernelLaunch']
 
-# %% ../../nbs/engine/06_fused.ipynb #381b1b80
+# %% ../../nbs/engine/06_fused.ipynb #b1e52014
 _reader_source = '''#include <cstdint>
 #include <cstddef>
 typedef struct _object PyObject;
@@ -79,9 +79,13 @@ extern "C" int64_t look_all(const Exchange* api, PyObject* params, PyObject* sta
                             int64_t* address, uint64_t* sig, Hint* hint, int record) {
     const ptrdiff_t n = PyList_Size(params), nt = PyTuple_Size(names), nk = PyTuple_Size(keys), ncol = nt + 2;
     for (ptrdiff_t i = 0; i < n; i++) {
-        if (i + 6 < n && !record) {
-            __builtin_prefetch(PyList_GetItem(states, i+6));
-            for (ptrdiff_t c = 0; c < ncol; c++) fetch(hint[(i+6)*ncol + c]);
+        if (!record) { // a dict's 5th word says where its entries are
+            if (i + 16 < n) __builtin_prefetch(PyList_GetItem(states, i+16));
+            if (i + 8 < n) {
+                const char* entries = ((const char* const*)PyList_GetItem(states, i+8))[4];
+                for (int b = 0; b < 256; b += 64) __builtin_prefetch(entries + b);
+                for (ptrdiff_t c = 0; c < ncol; c++) fetch(hint[(i+8)*ncol + c]);
+            }
         }
         int64_t* a = address + i*ncol; uint64_t* s = sig + i*ncol; uint64_t h;
         #define LOOK(o, c) if (!look(api, o, a + (c), &h)) return differs(i); if (record) { s[c] = h; hint[i*ncol + c] = place(o); } else if (s[c] != h) return i;
@@ -199,9 +203,9 @@ class AddressTable:
         self.address[:,1] = [g.data_ptr() for g in new]
         return self.grads,new
 
-# %% ../../nbs/engine/06_fused.ipynb #21d04239
+# %% ../../nbs/engine/06_fused.ipynb #18f4d453
 CHUNK_SIZE = 1<<14 # Elements of a chunk
-SOLO_SIZE = 1<<17 # Elements of the biggest tensor that a thread takes alone through all phases of a kernel
+SOLO_SIZE = 1<<17 # Elements of a tensor that one thread takes through all phases of a kernel, or more if there are enough such tensors for all threads
 
 def _chunks(table, i, first_tensor, first_chunk):
     "Rows of chunks and tensors of cohort number `i` of a launch"
@@ -225,20 +229,22 @@ class KernelLaunch:
         self.chunks,self.tensors = np.concatenate(chunks),np.concatenate(tensors)
         self.elements = int(self.tensors[:,4].sum())
         self.addresses = np.array([t.address.ctypes.data for t in tables], dtype=np.int64)
-        self.scratch,self.groups = {},(self._groups(False), self._groups(True))
+        self.scratch,self.groups = {},{}
 
-    def _groups(self, phases):
-        "Solo and wide groups; a kernel of one phase has no need of any, and takes all as one wide group"
+    def _groups(self, threads):
+        "Solo groups, the biggest first, and wide groups for so many threads; a kernel of one phase (0 threads) has no need of any, and takes all as one wide group"
         first = np.append(np.cumsum(self.tensors[:,3])-self.tensors[:,3], len(self.chunks))
-        if not phases: return np.zeros((0,4), np.int64),np.array([[0, 0, len(self.tensors), len(self.chunks)]])
+        if not threads: return np.zeros((0,4), np.int64),np.array([[0, 0, len(self.tensors), len(self.chunks)]])
         solo,wide,start,size = [],[],0,0
+        most = max(SOLO_SIZE, self.elements//(4*threads))
         for i,n in enumerate(self.tensors[:,4].tolist()):
-            if n > SOLO_SIZE or size >= SOLO_SIZE//4: # close the open group
+            if n > most or size >= SOLO_SIZE//4: # close the open group
                 if i > start: solo.append((start, i))
                 start,size = i,0
-            if n > SOLO_SIZE: wide.append((i, i+1)); start = i+1
+            if n > most: wide.append((i, i+1)); start = i+1
             else: size += n
         if start < len(self.tensors): solo.append((start, len(self.tensors)))
+        solo.sort(key=lambda o: first[o[0]] - first[o[1]])
         return tuple(np.array([(a, first[a], b, first[b]) for a,b in o], np.int64).reshape(-1,4) for o in (solo, wide))
 
     def __call__(self,
@@ -251,6 +257,8 @@ class KernelLaunch:
             s = self.scratch[nred] = (np.zeros(max(nred*len(self.chunks), 1)), np.zeros(max(nred*len(self.tensors), 1)))
         numbers = np.array([t.scalars or [0.] for t in tapes], dtype=np.float64)
         for i,t in enumerate(self.tables): self.addresses[i] = t.address.ctypes.data
-        solo,wide = self.groups[nred > 0]
-        kernel(kernel_threads(self.elements), len(solo), solo.ctypes.data, len(wide), wide.ctypes.data, self.chunks.ctypes.data, self.tensors.ctypes.data,
+        threads = kernel_threads(self.elements)
+        if (key := threads*(nred > 0)) not in self.groups: self.groups[key] = self._groups(key)
+        solo,wide = self.groups[key]
+        kernel(threads, len(solo), solo.ctypes.data, len(wide), wide.ctypes.data, self.chunks.ctypes.data, self.tensors.ctypes.data,
                self.addresses.ctypes.data, numbers.ctypes.data, s[0].ctypes.data, s[1].ctypes.data)

@@ -43,7 +43,7 @@ def model_rows(
     if model not in shapes: raise ValueError(f"model {model!r} is not one of {', '.join(shapes)}.")
     return [(g, d, tuple(s)) for n,block in shapes[model]['blocks'] for _ in range(n) for g,d,s in block]
 
-# %% ../../nbs/tools/benchmark.ipynb #9bd3740e
+# %% ../../nbs/tools/benchmark.ipynb #cbace31c
 class ParamSet:
     "Parameters with gradients, in one group or in layer groups with weight-decay exclusion"
     def __init__(self,
@@ -56,14 +56,16 @@ class ParamSet:
         self.rows,self.layout = rows,layout
         self.params = [nn.Parameter(torch.empty(s).normal_(0, .05, generator=gen)) for _,_,s in rows]
         self.grads = [torch.empty(s).normal_(0, .01, generator=gen) for _,_,s in rows]
-        self.saved = [g.clone() for g in self.grads]
+        self.saved,self.memory = [g.clone() for g in self.grads],[t.data for t in self.params+self.grads]
         self.restore()
 
     @property
     def elements(self): return sum(p.numel() for p in self.params)
 
     def restore(self):
-        "Bring back the gradients after a `zero_grad`"
+        "Bring back the gradients after a `zero_grad`, and the memory of tensors that a contestant has given other memory (fastxtend's jit mode does)"
+        for t,d in zip(self.params+self.grads, self.memory):
+            if t.data_ptr() != d.data_ptr(): t.data = d
         torch._foreach_copy_(self.grads, self.saved)
         for p,g in zip(self.params, self.grads): p.grad = g
 
@@ -96,7 +98,7 @@ def step_bytes(
     n = (2+n_state) + (1+n_state) + (1+n_state if reduction else 0)
     return itemsize*(n + (2/slow_every if slow_every else 0))
 
-# %% ../../nbs/tools/benchmark.ipynb #f00a87a8
+# %% ../../nbs/tools/benchmark.ipynb #79e4e36b
 _limit_src = r'''
 #include <cstdint>
 template<int W> static void walk(float* const* t, int64_t a, int64_t n, float k) {
@@ -129,9 +131,10 @@ class MemoryLimit:
         self.fn,self.w = load_library(_limit_src).memory_limit,1+n_state
         self.fn.argtypes,self.fn.restype = [ctypes.c_void_p]*2 + [ctypes.c_int64, ctypes.c_int, ctypes.c_float, ctypes.c_int], None
         self.state = [[torch.zeros_like(p) for _ in range(n_state)] for p in pset.params]
-        self.keep = pset.params,pset.grads
+        self.keep = pset.memory # not the parameters: some contestants give them other memory
+        n = len(pset.params)
         self.tab = np.array([[g.data_ptr(), p.data_ptr(), *[s.data_ptr() for s in ss]]
-                             for p,g,ss in zip(pset.params, pset.grads, self.state)], dtype=np.int64)
+                             for p,g,ss in zip(pset.memory[:n], pset.memory[n:], self.state)], dtype=np.int64)
         chunks = [(i, a, min(chunk, p.numel()-a)) for i,p in enumerate(pset.params) for a in range(0, p.numel(), chunk)]
         self.chunks = np.array(chunks, dtype=np.int64)
 
