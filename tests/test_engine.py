@@ -216,3 +216,22 @@ def test_grads_are_not_kept_alive():
     w = weakref.ref(p.grad)
     opt.zero_grad(set_to_none=True)
     assert w() is None
+
+def test_compiler_without_openmp(monkeypatch, tmp_path):
+    "As Apple's clang: the kernel is built on std::thread, and gives the same"
+    import subprocess
+    from fastxtend_opt.engine import build, cpp
+    real,seen = subprocess.run,[]
+    def run_(args, **kwargs):
+        seen.append('-fopenmp' in args)
+        return subprocess.CompletedProcess(args, 1, '', 'unsupported option -fopenmp') if seen[-1] else real(args, **kwargs)
+    monkeypatch.setattr(build.subprocess, 'run', run_)
+    monkeypatch.setenv('FASTXTEND_OPT_CACHE', str(tmp_path))
+    monkeypatch.setattr(build, '_libs', {}); monkeypatch.setattr(cpp, '_kernels', {})
+    n = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try: run(*pair(FusedOptimizer, [weight_decay, chained], [(200_000,), (7,)], lr=.1, wd=.1))
+    finally: torch.set_num_threads(n)
+    assert seen.count(False) >= 1
+    so = next(tmp_path.glob('*/kernel.so'))
+    assert not any(b'gomp' in f.read_bytes() for f in tmp_path.glob('*/kernel.so')), so
