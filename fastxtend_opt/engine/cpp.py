@@ -105,12 +105,12 @@ template<class F> static void each(int threads, i64 n, F f) {
 
 _ctype = {torch.float32:'float', torch.float64:'double', torch.bfloat16:'bf16', torch.float16:'f16'}
 
-# %% ../../nbs/engine/05_cpp.ipynb #c1506846
+# %% ../../nbs/engine/05_cpp.ipynb #4fcb1fca
 def emit_cpp(
     tape:Tape # What to do
 ) -> str: # C++ source with one exported function, `run`
     "`tape` as C++"
-    ph,ops,types,slots = TapePhases(tape),tape.ops,tape.types,tape.slots
+    ph,types,slots = TapePhases(tape),tape.types,tape.slots
     ct = _ctype[ph.compute]
     ncol,nsc,nv = len(slots),max(len(tape.scalars),1),max(sum(k=='s' for k,_ in types),1)
     vid = {j:i for i,j in enumerate(j for j,(k,_) in enumerate(types) if k=='s')} # place of a tensor's values
