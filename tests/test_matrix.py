@@ -130,7 +130,11 @@ def check(name, mode, option, decay, dtype, scen):
     for i in AT: assert_same(got[i], ref[i], **tolerance(dtype, scen), path=f'step {i}')
 
 DT = {'f32': torch.float32, 'f64': torch.float64}
-def product(): return [(n,o,d,t,s) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS]
+def diverges(n, o, d, t, s):
+    "LARS without decay divides by eps alone where a whole gradient is zero: native's rate goes to 1e7, weights to 1e15 and NaN, and float32 keeps no digit that could be compared (float64 does, and is)"
+    return n=='larc' and options(n)[o].get('clip') is False and (d,t,s) == ('none','f32','zero_grad_tensors')
+def product():
+    return [(n,o,d,t,s) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS if not diverges(n,o,d,t,s)]
 def is_default(n, o, d, t, s):
     if o==0 and s=='no_decay_on_some': return True                      # each optimizer: decays x dtypes
     if s=='plain': return t=='f64' and (d=='decoupled' or o==0)         # each option
