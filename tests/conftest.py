@@ -3,6 +3,7 @@ import atexit,os,shutil,tempfile
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['TRITON_INTERPRET'] = '1' # mode 'triton': the GPU's kernels, on CPU tensors
 
 def _session_cache():
     "A private folder that lives as long as the session: `FASTXTEND_OPT_TEST_CACHE` names one to keep between sessions"
@@ -18,13 +19,20 @@ def _session_cache():
 if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = _session_cache()
 
 import pytest,torch
+from fastxtend_opt.engine import fused
 torch.set_num_threads(1)
+fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow (the whole cross product, long property tests)')
 
 def pytest_configure(config):
     if config.getoption('--slow'): config.option.markexpr = '' # pyproject.toml deselects them with -m 'not slow'
+
+@pytest.fixture(autouse=True)
+def triton_backend(request, monkeypatch):
+    "A test of mode 'triton' makes its fused optimizers with Triton"
+    if 'triton' in getattr(getattr(request.node, 'callspec', None), 'params', {}).values(): monkeypatch.setenv('FASTXTEND_OPT_FUSED_BACKEND', 'triton')
 
 @pytest.fixture
 def threads():

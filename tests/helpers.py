@@ -4,14 +4,30 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
-import numpy as np,torch
+import numpy as np,pytest,torch
 from fastcore.all import L
 from torch import nn,tensor
 
-MODES = ('foreach', 'jit', 'fused')
+MODES = ('foreach', 'jit', 'fused', 'triton') # 'triton' is the fused mode with the GPU's kernels, in Triton's interpreter
 ALL_MODES = ('native',) + MODES
 
-def flags(mode): return {} if mode=='native' else {mode: True}
+def flags(mode): return {} if mode=='native' else {'fused' if mode=='triton' else mode: True}
+
+BACKEND = 'FASTXTEND_OPT_FUSED_BACKEND'
+
+@contextmanager
+def backend_of(mode):
+    "An optimizer that is made inside has the backend which `mode` means"
+    with pytest.MonkeyPatch.context() as m:
+        if mode=='triton': m.setenv(BACKEND, 'triton')
+        elif mode=='fused': m.setenv(BACKEND, 'cpp')
+        yield
+
+class WithBackend:
+    "`f`, an `opt_func`, that makes its optimizer with the backend which `mode` means"
+    def __init__(self, f, mode): self.f,self.mode = f,mode
+    def __call__(self, *args, **kwargs):
+        with backend_of(self.mode): return self.f(*args, **kwargs)
 
 # ---------------------------------------------------------------- comparing
 class Mismatch(AssertionError): "Raised by `assert_same`; the message starts with the place that differs"

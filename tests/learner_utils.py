@@ -7,7 +7,7 @@ from fastai.callback.progress import ProgressCallback
 from fastai.learner import Callback,noop
 from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model,digits_splitter
 
-from helpers import flags
+from helpers import WithBackend,flags
 
 N_TRAIN,BS = 384,32   # twelve batches an epoch
 
@@ -25,7 +25,8 @@ class Record(Callback):
 def opt_func(name, mode, **kwargs):
     "`name`'s factory in `mode`: what a user passes as `opt_func`"
     from fastxtend_opt.engine.registry import get_optimizer
-    return get_optimizer(name).factory(**kwargs, **flags(mode))
+    f = get_optimizer(name).factory(**kwargs, **flags(mode))
+    return WithBackend(f, mode) if mode in ('fused','triton') else f
 
 def dls(seed=1, dtype=torch.float32, bs=BS, n_train=N_TRAIN, **kwargs):
     return digits_dls(bs=bs, seed=seed, n_train=n_train, dtype=dtype, **kwargs)

@@ -9,7 +9,7 @@ from fastxtend_opt.engine.tape import TapeSlot, UnsupportedError, trace_steppers
 from fastxtend_opt.engine.cpp import TapePhases, emit_cpp
 from fastxtend_opt.engine.fused import SOLO_SIZE
 
-MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer)
+MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer, triton=FusedOptimizer) # 'triton' in Triton's interpreter
 SHAPES = [(3,), (4,5), (), (2,3,4), (20_011,), (0,), (1,)]
 
 def pair(cls, cbs, shapes=SHAPES, dtype=torch.float64, groups=False, **hyper):
@@ -176,7 +176,7 @@ def test_low_precision_storage(mode, dtype):
     for i in range(3):
         g = torch.randn(1000).to(dtype)
         p.grad,q.grad = g.clone(),g.clone()
-        if mode == 'fused':
+        if mode in ('fused','triton'):
             m32 = m32*.9 + g.float(); want = (q.detach().float() - .1*m32).to(dtype)
             b.step()
             ulp = 2.**(-7 if dtype is torch.bfloat16 else -10)

@@ -12,7 +12,7 @@ from fastxtend_opt.engine.tape import UnsupportedError
 from helpers import *
 
 NAMES = [o.name for o in list_optimizers()]
-CLASSES = dict(foreach=engines.ForEachOptimizer, jit=engines.JitOptimizer, fused=engines.FusedOptimizer)
+CLASSES = dict(foreach=engines.ForEachOptimizer, jit=engines.JitOptimizer, fused=engines.FusedOptimizer, triton=engines.FusedOptimizer)
 modes = pytest.mark.parametrize('mode', MODES)
 all_modes = pytest.mark.parametrize('mode', ALL_MODES)
 

@@ -35,7 +35,7 @@ def decays(name):
         res['decoupled']['decouple_wd'],res['L2'] = True,dict(wd=.1, decouple_wd=False)
     return res
 
-def opt_func(name, mode='native', **kw): return partial(ROWS[name].func, lr=LR, **kw, **flags(mode))
+def opt_func(name, mode='native', **kw): return WithBackend(partial(ROWS[name].func, lr=LR, **kw, **flags(mode)), mode)
 
 # ---------------------------------------------------------------- scenarios: what happens before each step
 SCENARIOS = {}
@@ -177,14 +177,15 @@ LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
 LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if (d=='decoupled') != (t=='f16') else pytest.mark.slow)
             for n in NAMES for d in decays(n) for t in LOW]
 
+@pytest.mark.parametrize('mode', ['fused','triton'])
 @pytest.mark.parametrize('name,decay,dtype', LOWCASES)
-def test_fused_low_precision_rounds_once(name, decay, dtype):
+def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
     """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one ulp
     off native's float32 step, whose own sums may fall on the other side of a rounding boundary. Where a sum of values of order 1 cancels, its
     float32 rounding (4 * 2**-24) is more than an ulp of what is left, hence the absolute part."""
     kw,dtype,cancel = decays(name)[decay],LOW[dtype],4*2**-24
     params,stream = make_params(dtype=dtype),GradStream(1)
-    opt = opt_func(name, 'fused', **kw)(two_groups(params))
+    opt = opt_func(name, mode, **kw)(two_groups(params))
     opt.state[params[2]]['do_wd'] = False
     for i in range(8):
         stream.set(params, i)
@@ -554,6 +555,12 @@ def s_scalar_tensor_state(p, lr, scale=None, **kwargs):
     p.data.sub_(p.grad.data/(scale + 1e-3)*lr)
     return {'scale': scale}
 
+def s_scalar_tensor_changed_last(p, lr, scale=None, other=None, **kwargs):
+    "Numbers a tensor that the elements use before they change, and that swap"
+    if scale is None: scale,other = p.data.mean() + 2,p.grad.data.norm()
+    p.data.sub_(p.grad.data*scale*lr)
+    return {'scale': other*.5, 'other': scale.clone()}
+
 def s_plain_p(p, lr, **kwargs):
     "`p` and `p.grad` without `.data`, under no_grad"
     with torch.no_grad(): p.sub_(p.grad*lr + p*1e-3)
@@ -579,17 +586,18 @@ USERS = {
     'prior_grad': [s_prior], 'functions': [s_functions], 'masks': [s_masks], 'comparisons': [s_comparisons], 'softplus': [s_softplus],
     'inplace_chain': [s_inplace_chain], 'clips_grad': [s_clips_grad], 'scales_grad': [s_scales_grad, average_grad, momentum_step],
     'norms': [s_norms], 'reductions': [s_reductions], 'two_phases': [s_two_phases],
-    'scalar_state': [s_scalar_state], 'numpy_scalars': [s_numpy_scalars], 'scalar_tensor_state': [s_scalar_tensor_state], 'plain_p': [s_plain_p],
+    'scalar_state': [s_scalar_state], 'numpy_scalars': [s_numpy_scalars], 'scalar_tensor_state': [s_scalar_tensor_state],
+    'scalar_tensor_changed_last': [s_scalar_tensor_changed_last], 'plain_p': [s_plain_p],
     'class': [ClassStepper()], 'class3': [ClassStepper(3)], 'returns_tensor': [s_returns_self], 'closure': [lambda p, lr, **kwargs: p.data.sub_(p.grad.data*(lr/2))],
     'chain': [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step, s_extra_scalar],
     'state_made_by_another': [s_out_of_place, s_state_updated_twice], 'partial': [partial(s_out_of_place, mom=.3)], 'fastai_sgd': [l2_reg, sgd_step]}
 HYPERS = {'chain': dict(mom=.9, sqr_mom=.99, eps=1e-5)}
-REDUCES = ('norms','reductions','two_phases','scalar_tensor_state')
+REDUCES = ('norms','reductions','two_phases','scalar_tensor_state','scalar_tensor_changed_last')
 
 def engine(mode):
     if mode=='native': return Optimizer
     from fastxtend_opt.engine import optimizer as o
-    return dict(foreach=o.ForEachOptimizer, jit=o.JitOptimizer, fused=o.FusedOptimizer)[mode]
+    return WithBackend(dict(foreach=o.ForEachOptimizer, jit=o.JitOptimizer, fused=o.FusedOptimizer, triton=o.FusedOptimizer)[mode], mode)
 
 def run_user(user, mode, dtype, scen=plain, n=8, shapes=tuple(s for s in SHAPES if 0 not in s)):
     params = make_params(shapes, dtype=dtype) # amax of nothing is an error in torch: no empty tensors
@@ -870,7 +878,7 @@ def test_thread_count_changes_no_bit(name, mode, threads):
         threads(n)
         return run_trajectory(opt_func(name, mode), 5, torch.float32, params=make_params([(70_000,),(3,5)], big=True))
     one,two = run(1),run(2)
-    if mode!='fused' and ROWS[name].kind=='reduction': # torch's own mean and norm split a big tensor by threads
+    if mode in ('foreach','jit') and ROWS[name].kind=='reduction': # torch's own mean and norm split a big tensor by threads
         for i in one: assert_same(two[i], one[i], rtol=1e-5, atol=1e-6, path=f'step {i}')
     else:
         for i in one: assert_bitwise(two[i], one[i], f'step {i}')

@@ -6,7 +6,8 @@ from fastxtend_opt.engine.tape import TapeSlot, Tape, TapeTensor, SCALAR_REF, tr
 from fastxtend_opt.engine.foreach import run_foreach
 from fastxtend_opt.engine.torchscript import run_script
 from fastxtend_opt.engine.cpp import cpp_kernel
-from fastxtend_opt.engine.fused import AddressTable, KernelLaunch
+from fastxtend_opt.engine.triton import triton_kernel
+from fastxtend_opt.engine.fused import AddressTable, KernelLaunch, TritonLaunch
 from fastxtend_opt.engine.cohort import Cohort
 
 NUMBERS = {'pow':[1.7], 'rpow':[1.7], 'rsub':[.3], 'rdiv':[.3], 'clamp_min':[.2], 'clamp_max':[.2], 'axpy':[-.7], 'addcmul':[.7], 'addcdiv':[-.7], 'softplus':[2.,3.],
@@ -50,6 +51,7 @@ def run(backend, name, xs, numbers, dtype):
     c.params = params
     c.states = [{**{f'x{i}':x[j].clone() for i,x in enumerate(xs)}, 'out':torch.zeros((), dtype=dtype) if reduce else torch.zeros_like(xs[0][j])} for j in range(len(params))]
     if backend == 'cpp': KernelLaunch([AddressTable(c)])(cpp_kernel(tape), [tape])
+    elif backend == 'triton': TritonLaunch([AddressTable(c)])(triton_kernel(tape), [tape])
     else: dict(foreach=run_foreach, jit=run_script)[backend](tape, c.tensors())
     for p,x in zip(params, xs[0]): torch.testing.assert_close(p.data, x, rtol=0, atol=0, equal_nan=True)
     for j,st in enumerate(c.states): # operands are left alone
@@ -69,11 +71,11 @@ def check_row(name, dtype, awkward):
     want = [OPS[name].eager(*((t > .5 if name in masks and (i == 0 or name != 'where') else t) for i,t in enumerate(ts)), *numbers).to(dtype) for ts in zip(*xs)]
     tol = dict(rtol=1e-12, atol=1e-12) if dtype is torch.float64 else dict(rtol=3e-6, atol=1e-6)
     if name == 'sum': tol['atol'] *= 200 # of 20,000 numbers that nearly cancel
-    for backend in ('foreach','jit','cpp'):
+    for backend in ('foreach','jit','cpp','triton'):
         for got,w in zip(run(backend, name, xs, numbers, dtype), want):
             torch.testing.assert_close(got, w, equal_nan=True, msg=lambda m: f'{backend} {name}: {m}', **tol)
 
-def test_every_row_is_walked(): assert len(OPS) > 60 and all(o.cpp and o.script and o.foreach for o in OPS.values())
+def test_every_row_is_walked(): assert len(OPS) > 60 and all(o.cpp and o.triton and o.script and o.foreach for o in OPS.values())
 
 def test_new_row(monkeypatch):
     "A row added by a user works in all backends at once"
@@ -81,7 +83,7 @@ def test_new_row(monkeypatch):
     add_op(name, lambda x: x*x*x, '({0}*{0}*{0})', '({0}*{0}*{0})')
     try:
         xs = [[torch.tensor([2.]), torch.tensor([3.,-1.])]]
-        for b in ('foreach','jit','cpp'):
+        for b in ('foreach','jit','cpp','triton'):
             a,c = run(b, name, xs, [], torch.float32)
             assert a.tolist() == [8.] and c.tolist() == [27.,-1.]
     finally: del OPS[name]

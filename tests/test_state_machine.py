@@ -35,7 +35,7 @@ class Side:
     def __init__(self, name, mode, kw, dtype):
         self.params = [nn.Parameter(noise(s, 50, k).to(dtype)) for k,s in enumerate(SHAPES_M)]
         self.native = mode=='native'
-        self.opt = get_optimizer(name).func([self.params[:4], self.params[4:]], lr=.01, **kw, **flags(mode))
+        with backend_of(mode): self.opt = get_optimizer(name).func([self.params[:4], self.params[4:]], lr=.01, **kw, **flags(mode))
     @property
     def state(self): return [self.opt.state[p] for p in self.params]
 
@@ -288,6 +288,8 @@ def life(mode, name, examples, steps, casts=True, **kw):
 class TestFusedAdam(life('fused', 'adam', 60, 40, derandomize=True)): pass
 class TestFusedRanger(life('fused', 'ranger', 15, 30, casts=False, derandomize=True)): pass
 class TestFusedLarc(life('fused', 'larc', 15, 30, casts=False, derandomize=True)): pass
+class TestTritonAdam(life('triton', 'adam', 10, 30, derandomize=True)): pass
+class TestTritonLarc(life('triton', 'larc', 4, 30, casts=False, derandomize=True)): pass
 class TestForeachAdam(life('foreach', 'adam', 15, 30, derandomize=True)): pass
 class TestJitAdam(life('jit', 'adam', 10, 30, casts=False, derandomize=True)): pass
 
@@ -299,6 +301,12 @@ class TestFusedRangerLong(life('fused', 'ranger', 100, 60)): pass
 class TestFusedLambLong(life('fused', 'lamb', 100, 60)): pass
 @pytest.mark.slow
 class TestFusedLarcLong(life('fused', 'larc', 100, 60)): pass
+@pytest.mark.slow
+class TestTritonAdamLong(life('triton', 'adam', 100, 40)): pass
+@pytest.mark.slow
+class TestTritonRangerLong(life('triton', 'ranger', 40, 40)): pass
+@pytest.mark.slow
+class TestTritonLambLong(life('triton', 'lamb', 40, 40)): pass
 @pytest.mark.slow
 class TestForeachRangerLong(life('foreach', 'ranger', 100, 60)): pass
 @pytest.mark.slow
