@@ -35,7 +35,7 @@ def lookahead_step(
         slow_p.add_(p.data-slow_p, alpha=la_alpha)
         p.data.copy_(slow_p)
 
-# %% ../../nbs/algorithms/lookahead.ipynb #685c3157
+# %% ../../nbs/algorithms/lookahead.ipynb #25a21b1d
 class Lookahead(_FastaiLookahead):
     "Lookahead (2019, arXiv 1907.08610) round any optimizer: fastai's own, one of the engines, or a wrapped torch optimizer"
     def __init__(self,
@@ -50,6 +50,8 @@ class Lookahead(_FastaiLookahead):
     def one_pass(self):
         "Is the wrapped optimizer an engine, whose step does it all?"
         return isinstance(self.opt, TapeOptimizer)
+
+    _step_supports_amp_scaling = False # `GradScaler` unscales and decides before `step`: the count of steps must not go up in one that is skipped
 
     def zero_grad(self, *args, **kwargs): return self.opt.zero_grad(*args, **kwargs)
 

@@ -266,7 +266,7 @@ class KernelLaunch:
         kernel(threads, len(solo), solo.ctypes.data, len(wide), wide.ctypes.data, self.chunks.ctypes.data, self.tensors.ctypes.data,
                self.addresses.ctypes.data, numbers.ctypes.data, s[0].ctypes.data, s[1].ctypes.data)
 
-# %% ../../nbs/engine/06_fused.ipynb #27359eab
+# %% ../../nbs/engine/06_fused.ipynb #7c53477d
 GPU_BLOCK = 1024 # Elements that a program works on at a time
 GPU_CHUNK = 1<<14 # Most elements of a chunk
 GPU_PROGRAMS = 1<<13 # Programs to have before chunks become that big
@@ -328,7 +328,8 @@ class TritonLaunch:
 
     def __call__(self,
         kernel, # Result of `triton_kernel`
-        tapes:list # A tape a cohort, all with the kernel's key
+        tapes:list, # A tape a cohort, all with the kernel's key
+        amp:tuple|None=None # Scale of the gradients, and a number that is not 0 if the step is to change nothing, as float32 tensors on the device
     ):
         "Run `kernel` on the current stream; the tables must have been refreshed for this step"
         dtype = kernel.compute
@@ -338,5 +339,6 @@ class TritonLaunch:
             if self.gpu: self._use((self.chunks, self.tensors, addresses, numbers, values, partial))
             for kind,f in kernel.stages:
                 if not self.grid[kind][0]: continue
-                if kind == 'values': f[self.grid[kind]](self.tensors, addresses, numbers, values, partial, BLOCK=GPU_BLOCK, num_warps=GPU_WARPS)
-                else: f[self.grid[kind]](self.chunks, addresses, numbers, values, partial, BLOCK=GPU_BLOCK, ALIGNED=aligned, num_warps=GPU_WARPS)
+                args = addresses,numbers,values,partial,*(amp or (None,None))
+                if kind == 'values': f[self.grid[kind]](self.tensors, *args, BLOCK=GPU_BLOCK, SCALED=amp is not None, num_warps=GPU_WARPS)
+                else: f[self.grid[kind]](self.chunks, *args, BLOCK=GPU_BLOCK, ALIGNED=aligned, SCALED=amp is not None, num_warps=GPU_WARPS)

@@ -263,13 +263,62 @@ class _FusedPlan(_Plan):
         if key not in self.launches: self.launches[key] = _backends[self.backends[cohorts[0]]][1]([self.tables[c] for c in cohorts])
         return self.launches[key]
 
-# %% ../../nbs/engine/07_optimizer.ipynb #e1e260d1
+# %% ../../nbs/engine/07_optimizer.ipynb #c3804c78
 class FusedOptimizer(TapeOptimizer):
     "Runs its steppers as one generated kernel: one pass over memory for all parameters"
     _sort,_make_plan = staticmethod(fused_sort),_FusedPlan
+    amp_scaling = False # Leave it to the GPU's kernels to unscale the gradients for `torch.amp.GradScaler`, and to change nothing if one has overflowed? Set it to True on an optimizer that you give to `scaler.step` yourself
+    _overflow,_amp = None,None
     def __init__(self, params, cbs, **defaults):
         self.backend = _chosen_backend()
         super().__init__(params, cbs, **defaults)
+
+    @property
+    def _step_supports_amp_scaling(self):
+        "`GradScaler.step` looks here, and if so sets `grad_scale` and `found_inf` before it calls `step`"
+        return self.amp_scaling and all(self.backend == 'triton' or p.device.type != 'cpu' for pg in self.param_lists for p in pg)
+
+    @property
+    def state(self): return self._settle()._state
+    @state.setter
+    def state(self, v): TapeOptimizer.state.fset(self._settle(), v)
+    def __getstate__(self): return {k:v for k,v in TapeOptimizer.__getstate__(self._settle()).items() if k not in ('_overflow','_amp')}
+
+    def _settle(self):
+        "If the last step turns out to have found an overflow, its counters go back: the kernels have changed nothing"
+        if self._overflow is None: return self
+        (found,done,before),self._overflow = self._overflow,None
+        if done: done.synchronize()
+        if not found.item(): return self
+        for states,after,numbers,created in before:
+            for st in states:
+                for k in (*created, *(k for k in after if k not in numbers)): st.pop(k, None)
+                st.update(numbers)
+        self._plan = None
+        return self
+
+    def _take_amp(self, scale, found):
+        "Use what `GradScaler` has set; False if the step must not happen"
+        self._cohorts()
+        if all(c in self._plan.tables for c in self._plan.cohorts):
+            self._amp = (torch.ones_like(found) if scale is None else scale).float(),found.float()
+            return True
+        if found.item(): return False # some parameter has gaps and no kernel: the plain way, with the wait that it takes
+        if scale is not None:
+            for p in self.all_params(with_grad=True).itemgot(0): p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
+        return True
+
+    @torch.no_grad()
+    def step(self,
+        closure=None, # Not supported, as in fastai
+        **extra # Further arguments of the steppers, for this step only
+    ):
+        "Step all parameters that have a gradient"
+        self._settle()
+        scale,found = (self.__dict__.get(k) for k in ('grad_scale','found_inf'))
+        if found is not None and not self._take_amp(scale, found): return
+        try: super().step(closure, **extra)
+        finally: self._amp = None
 
     def _prepare(self, work):
         for c,tape,_ in work:
@@ -277,6 +326,14 @@ class FusedOptimizer(TapeOptimizer):
         if any(c.device.type == 'cuda' for c,_,_ in work) and torch.cuda.is_current_stream_capturing():
             raise UnsupportedError("a fused step can't be captured in a CUDA graph: learning rate and step counter are Python numbers, which each replay would repeat. Capture forward and backward, "
                 "and call `opt.step()` after each replay. No parameter was changed.")
+        if self._amp: self._remember(work)
+
+    def _remember(self, work):
+        "What a step that finds an overflow must put back; the answer travels to the CPU while the GPU goes on"
+        found = self._amp[1]
+        host,done = (found,None) if found.device.type == 'cpu' else (torch.empty(found.shape, dtype=found.dtype, pin_memory=True), torch.get_device_module(found.device).Event())
+        if done: host.copy_(found, non_blocking=True); done.record()
+        self._overflow = host.clone() if done is None else host,done,[(list(c.states), set(new)|set(c.numbers), c.numbers, list(tape.created)) for c,tape,new in work]
 
     def _created(self, c):
         if c in self._plan.tables: self._plan.tables[c].reset()
@@ -293,7 +350,8 @@ class FusedOptimizer(TapeOptimizer):
             for c in cohorts: # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
                 torch.autograd.graph.increment_version(c.params)
                 if any(i == 1 for i,_ in tapes[0].stores): torch.autograd.graph.increment_version(plan.tables[c].grads)
-            plan.launch(cohorts)(plan.kernel(cohorts[0], tapes[0]), tapes)
+            amp = self._amp and tuple(t.to(cohorts[0].device, non_blocking=True) for t in self._amp)
+            plan.launch(cohorts)(plan.kernel(cohorts[0], tapes[0]), tapes, *([amp] if amp else []))
         for tape,grads,new in copies: # a stepper that changes gradients changes the real ones
             if any(i == 1 for i,_ in tape.stores): torch._foreach_copy_(grads, new)
         for t in plan.tables.values(): t.release()

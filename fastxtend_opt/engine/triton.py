@@ -63,7 +63,7 @@ def sqrt(x): return tl.sqrt(x)'''}
 
 _pointer = {torch.float32:'tl.float32', torch.float64:'tl.float64', torch.float16:'tl.float16', torch.bfloat16:'tl.uint16'}
 
-# %% ../../nbs/engine/05_triton.ipynb #3d0f0928
+# %% ../../nbs/engine/05_triton.ipynb #23464c79
 def _val(r): return f's{r-SCALAR_REF}' if r >= SCALAR_REF else f't{r}' if r >= 0 else f'x{-r-1}'
 
 class _Emitter:
@@ -112,36 +112,43 @@ class _Emitter:
     def whole(self, j): return f'tl.sum(q{j}, 0)' if self.sum_(j) else f'nan_max(q{j})'
     def gather(self, j, y): return [f'y = {y}', f'q{j} = ' + (f'q{j} + y' if self.sum_(j) else f'tl.where((y > q{j}) | (y != y), y, q{j})')]
 
+    def amp(self, line):
+        "What `torch.amp.GradScaler` wants of a step: gradients unscaled, and nothing changed if one of them has overflowed"
+        return ['if SCALED:', f'    scale = div(1.0, tl.load(grad_scale)).to({self.ct})', '    overflow = tl.load(found_inf) != 0', f'    {line}']
+
     def block(self, k):
         "One block of a chunk in pass `k`; whole blocks need no mask, without which loads and stores are vectors"
         ph = self.ph
         js,loads = ph.work[k]
         stored,sums = ph.stored(k),ph.sums(k)
         slots = sorted({i for i,_ in loads.values()} | set(stored))
-        args = ['off', 'n', *(f'a{i}' for i in slots), *(_val(r) for r in sorted(ph.reads(k)) if r >= SCALAR_REF or ph.kind(r) == 's'), *(f'q{j}' for j in sums)]
+        args = ['off', 'n', 'scale', *(f'a{i}' for i in slots), *(_val(r) for r in sorted(ph.reads(k)) if r >= SCALAR_REF or ph.kind(r) == 's'), *(f'q{j}' for j in sums)]
         lines = ['i = off + tl.arange(0, BLOCK)', 'm = i < n if MASKED else None']
-        lines += [f'{_val(r)} = ' + self.load(i, f'a{i} + i', ', mask=m') for r,(i,_) in sorted(loads.items())] + [self.entry(j) for j in js]
+        for r,(i,_) in sorted(loads.items()):
+            lines.append(f'{_val(r)} = ' + self.load(i, f'a{i} + i', ', mask=m'))
+            if r == -2: lines.append(f'if SCALED: {_val(r)} = {_val(r)}*scale') # the gradient as it came
+        lines += [self.entry(j) for j in js]
         for j in sums:
             fill = '0.0' if self.sum_(j) else "float('-inf')"
             lines += self.gather(j, f'tl.where(m, {self.expr(j)}, {fill}) if MASKED else {self.expr(j)}')
         lines += [self.store(i, f'a{i} + i', r, ', mask=m') for i,r in stored.items()]
         if sums: lines.append('return ' + ', '.join(f'q{j}' for j in sums))
-        return slots,args,f"@inner\ndef block{k}({', '.join(args)}, BLOCK: tl.constexpr, MASKED: tl.constexpr):\n    " + '\n    '.join(lines)
+        return slots,args,f"@inner\ndef block{k}({', '.join(args)}, BLOCK: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr):\n    " + '\n    '.join(lines)
 
     def pass_(self, k):
         "Pass `k`: a program a chunk; every second pass goes backwards, as what was touched last may still be in the cache"
         ph,sums = self.ph,self.ph.sums(k)
         slots,args,block = self.block(k)
         lines = ['c = ' + ('tl.program_id(0)' if k % 2 == 0 else 'tl.num_programs(0) - 1 - tl.program_id(0)'), 'd = chunks + 5*c',
-                 'start = tl.load(d + 2)', 'n = tl.load(d + 3).to(tl.int32)', 't = tl.load(d + 4)',
+                 'start = tl.load(d + 2)', 'n = tl.load(d + 3).to(tl.int32)', 't = tl.load(d + 4)', 'scale = 1.0', *self.amp('n = tl.where(overflow, 0, n)'),
                  f'T = addresses + t*{self.ncol}', f'S = numbers + tl.load(d)*{self.nsc}', f'V = values + t*{self.nv}']
         for i in slots:
             lines += [f'a{i} = ' + self.pointer(i, f' + start*{self.tape.slots[i].dtype.itemsize}'), f'if ALIGNED: a{i} = tl.multiple_of(a{i}, 16)']
         lines += self.values_in(ph.reads(k)) + [self.empty(j) for j in sums]
-        call = ', '.join(f'q{j}' for j in sums) + (' = ' if sums else '') + f"block{k}(%s, {', '.join(args[1:])}, BLOCK=BLOCK, MASKED=%s)"
+        call = ', '.join(f'q{j}' for j in sums) + (' = ' if sums else '') + f"block{k}(%s, {', '.join(args[1:])}, BLOCK=BLOCK, MASKED=%s, SCALED=SCALED)"
         lines += ['full = n - n % BLOCK', 'for off in range(0, full, BLOCK):', '    ' + call % ('off', 'False'), 'if full < n:', '    ' + call % ('full', 'True')]
         lines += [f'tl.store(partial + c*{self.nred} + {ph.partials[j]}, {self.whole(j)})' for j in sums]
-        return block + f'\n\n@triton.jit\ndef pass{k}(chunks, addresses, numbers, values, partial, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):\n    ' + '\n    '.join(lines)
+        return block + f'\n\n@triton.jit\ndef pass{k}(chunks, addresses, numbers, values, partial, grad_scale, found_inf, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr):\n    ' + '\n    '.join(lines)
 
     def values(self, k):
         "The values before pass `k`: a program a tensor"
@@ -162,8 +169,8 @@ class _Emitter:
             elif o.reduce: lines += [f'q{j} = {self.expr(j)}', f't{j} = ' + finish.format(f'q{j}', n='1.0')] # of one value
             else: lines.append(self.entry(j))
             lines.append(f'tl.store(V + {ph.places[j]}, t{j}.to({self.ct}))')
-        lines += [self.store(i, self.pointer(i), r) for i,r in ph.scalar_stores[k]]
-        return f'@triton.jit\ndef values{k}(tensors, addresses, numbers, values, partial, BLOCK: tl.constexpr):\n    ' + '\n    '.join(lines)
+        if ph.scalar_stores[k]: lines += ['keep = True', *self.amp('keep = overflow == 0')] + [self.store(i, self.pointer(i), r, ', mask=keep') for i,r in ph.scalar_stores[k]]
+        return f'@triton.jit\ndef values{k}(tensors, addresses, numbers, values, partial, grad_scale, found_inf, BLOCK: tl.constexpr, SCALED: tl.constexpr):\n    ' + '\n    '.join(lines)
 
 def emit_triton(
     tape:Tape # What to do
