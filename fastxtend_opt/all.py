@@ -6,8 +6,10 @@ from .engine.tape import *
 from .engine.cohort import *
 from .engine.foreach import *
 from .engine.torchscript import *
-from .engine.cpp import *
 from .engine.build import *
+from .engine.phases import *
+from .engine.cpp import *
+from .engine.triton import *
 from .engine.fused import *
 from .engine.optimizer import *
 from .engine.registry import *

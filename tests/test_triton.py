@@ -298,3 +298,27 @@ def test_rows_compile_for_cuda(tmp_path):
 @pytest.mark.slow
 def test_optimizers_compile_for_amd(tmp_path):
     assert compile_for(['hip', 'gfx942', 64], 'optimizers', tmp_path)
+
+# ---------------------------------------------------------------- the benchmark's script
+def test_gpu_bench_in_small(tmp_path):
+    "Every part of bench/gpu.py, through the interpreter: its correctness checks hold, and it writes JSON, table and plot"
+    env = {k:v for k,v in os.environ.items() if k not in ('TRITON_INTERPRET', BACKEND)} | dict(PYTHONWARNINGS='ignore', MPLBACKEND='agg')
+    script = Path(__file__).parent.parent/'bench'/'gpu.py'
+    args = ['--interpret', '--optimizers', 'lamb', '--models', 'xresnet18', '--out', str(tmp_path)]
+    res = subprocess.run([sys.executable, str(script), *args, '--parts', 'first', 'models'], env=env, capture_output=True, text=True, timeout=300)
+    assert res.returncode==0, res.stdout[-2000:]+res.stderr[-2000:]
+    out = json.loads((tmp_path/'gpu.json').read_text())
+    assert not out['not_run'] and len(out['first'])==1 and 'fastxtend_opt fused' in {r['contestant'] for r in out['rows']}
+    assert (tmp_path/'gpu.png').stat().st_size > 10_000 and 'lamb' in (tmp_path/'gpu.md').read_text()
+    if torch.cuda.is_available(): return
+    res = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=100)
+    assert res.returncode and 'no CUDA or ROCm device' in res.stderr and '--interpret' in res.stderr
+
+@pytest.mark.slow
+def test_gpu_bench_checks(tmp_path):
+    "All its correctness checks, in the interpreter"
+    script = Path(__file__).parent.parent/'bench'/'gpu.py'
+    res = subprocess.run([sys.executable, str(script), '--interpret', '--parts', 'correct', '--minutes', '20', '--out', str(tmp_path)], capture_output=True, text=True, timeout=1200)
+    assert res.returncode==0, res.stdout[-2000:]+res.stderr[-2000:]
+    out = json.loads((tmp_path/'gpu.json').read_text())
+    assert len(out['correct'])>=40 and all(c['ok'] for c in out['correct']) and not out['not_run']

@@ -25,7 +25,7 @@ class UnsupportedError(NotImplementedError):
 class NeedsShape(Exception):
     "A stepper looks at the shape: the caller has to trace each shape by itself (internal)"
 
-# %% ../../nbs/engine/01_tape.ipynb #8a5b363f
+# %% ../../nbs/engine/01_tape.ipynb #ea0b540b
 def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
 
 class Tape:
@@ -59,7 +59,7 @@ class Tape:
 
     def scalar(self, x, name=''):
         "Reference of number `x`, appended to the arguments"
-        if not isinstance(x, numbers.Real):
+        if type(x) is not float and not isinstance(x, numbers.Real): # the abstract class takes its time
             if isinstance(x, torch.Tensor) and x.dim()==0 and x.device.type=='cpu': x = x.item()
             else: self.refuse(name, f"got a {type(x).__name__} that is neither the parameter, its gradient, its state nor a number")
         self.scalars.append(float(x))
@@ -78,15 +78,16 @@ class Tape:
 _rank = {torch.bool:0, torch.float16:1, torch.bfloat16:1, torch.float32:2, torch.float64:3}
 def _promote(a, b, ka, kb): return a if a is b else torch.promote_types(a, b)
 
-# %% ../../nbs/engine/01_tape.ipynb #b1c15e2f
+# %% ../../nbs/engine/01_tape.ipynb #d8f068cb
 class TapeTensor:
     "Symbolic stand-in for a tensor: its operations are put on a `Tape`"
     __slots__ = ('tape','ref','kind','dtype','_grad')
     __array_ufunc__ = None # numpy scalars leave arithmetic with a stand-in to the stand-in
     def __init__(self, tape, ref, kind, dtype, grad=None): self.tape,self.ref,self.kind,self.dtype,self._grad = tape,ref,kind,dtype,grad
 
-    data = property(lambda self: self)
-    grad = property(lambda self: self._grad)
+    data = property(lambda self: self, lambda self, v: self._replaced('data'))
+    grad = property(lambda self: self._grad, lambda self, v: self._replaced('grad'))
+    def _replaced(self, k): self.tape.refuse(f'{k} =', "replaces a tensor (write into it: copy_)")
     device = property(lambda self: self.tape.device)
     requires_grad = property(lambda self: False)
     is_sparse = property(lambda self: False)
@@ -138,9 +139,6 @@ class TapeTensor:
     def __getattr__(self, k):
         if k.startswith('__'): raise AttributeError(k)
         self.tape.refuse(k)
-    def __setattr__(self, k, v):
-        if k in ('data','grad'): self.tape.refuse(f'{k} =', "replaces a tensor (write into it: copy_)")
-        object.__setattr__(self, k, v)
     def __getitem__(self, k): self.tape.refuse('indexing')
 
 # %% ../../nbs/engine/01_tape.ipynb #40ca64bc

@@ -43,19 +43,22 @@ def model_rows(
     if model not in shapes: raise ValueError(f"model {model!r} is not one of {', '.join(shapes)}.")
     return [(g, d, tuple(s)) for n,block in shapes[model]['blocks'] for _ in range(n) for g,d,s in block]
 
-# %% ../../nbs/tools/benchmark.ipynb #cbace31c
+# %% ../../nbs/tools/benchmark.ipynb #a7ba153a
 class ParamSet:
     "Parameters with gradients, in one group or in layer groups with weight-decay exclusion"
     def __init__(self,
         rows:list, # One `(layer group, decayed, shape)` a parameter
         layout:str='one', # 'one': a single group, all decayed; 'groups': layer groups, norms and biases without weight decay
-        seed:int=42 # Seed of the values
+        seed:int=42, # Seed of the values
+        device:str|torch.device='cpu', # Where they are
+        dtype:torch.dtype=torch.float32 # Their dtype
     ):
         if layout not in ('one','groups'): raise ValueError(f"layout={layout!r}: it is 'one' or 'groups'.")
-        gen = torch.Generator().manual_seed(seed)
+        gen = torch.Generator(device).manual_seed(seed)
+        new = partial(torch.empty, device=device, dtype=dtype)
         self.rows,self.layout = rows,layout
-        self.params = [nn.Parameter(torch.empty(s).normal_(0, .05, generator=gen)) for _,_,s in rows]
-        self.grads = [torch.empty(s).normal_(0, .01, generator=gen) for _,_,s in rows]
+        self.params = [nn.Parameter(new(s).normal_(0, .05, generator=gen)) for _,_,s in rows]
+        self.grads = [new(s).normal_(0, .01, generator=gen) for _,_,s in rows]
         self.saved,self.memory = [g.clone() for g in self.grads],[t.data for t in self.params+self.grads]
         self.restore()
 
@@ -142,7 +145,7 @@ class MemoryLimit:
     def step(self): self.fn(self.tab.ctypes.data, self.chunks.ctypes.data, len(self.chunks), self.w, 0., torch.get_num_threads())
     def zero_grad(self): pass
 
-# %% ../../nbs/tools/benchmark.ipynb #94ec3fb6
+# %% ../../nbs/tools/benchmark.ipynb #c5314178
 class Contestant(NamedTuple):
     "Somebody who takes steps"
     lib:str # 'fastai', 'fastxtend_opt', 'torch', 'optimi', ...
@@ -180,13 +183,13 @@ def _torch_peers(name):
     flags = [('loop', dict(foreach=False)), ('foreach', dict(foreach=True)), ('fused', dict(fused=True))][:modes]
     return [Contestant('torch', m, partial(_torch_style, cls, **kw, **f)) for m,f in flags]
 
-def _optimi_peers(name):
+def _optimi_peers(name, triton=False):
     import optimi as o
     betas = dict(betas=(.9,.99))
     cls,kw = dict(adam=(o.AdamW, betas), sgd=(o.SGD, dict(momentum=.9, decouple_wd=True)), radam=(o.RAdam, dict(decouple_wd=True, **betas)),
                   ranger=(o.Ranger, dict(betas=(.95,.99), k=6))).get(name, (None,{}))
-    return [Contestant('optimi', m, partial(_torch_style, cls, triton=False, foreach=m=='foreach', **kw))
-            for m in ('loop','foreach') if cls]
+    return [Contestant('optimi', m, partial(_torch_style, cls, triton=m=='triton', foreach=m=='foreach', **kw))
+            for m in (('triton','foreach') if triton else ('loop','foreach')) if cls]
 
 def _po_peers(name):
     import pytorch_optimizer as o
@@ -204,12 +207,13 @@ def _fastxtend_peers(name):
 
 bench_peers = dict(torch=_torch_peers, optimi=_optimi_peers, pytorch_optimizer=_po_peers, fastxtend=_fastxtend_peers)
 
-# %% ../../nbs/tools/benchmark.ipynb #20ddacef
+# %% ../../nbs/tools/benchmark.ipynb #b8507128
 def contestants(
     optimizer:str, # Name of the algorithm: 'adam', 'lamb', ...
     modes:tuple=('foreach','jit','fused'), # Modes of this library; 'native' is fastai's own optimizer, made by this library's factory
     peers:tuple=('torch','optimi','pytorch_optimizer','fastxtend'), # Other libraries
-    baseline:bool=True # fastai's own optimizer too?
+    baseline:bool=True, # fastai's own optimizer too?
+    gpu:bool=False # For parameters on a GPU: optimi's Triton kernels in the place of its loop
 )->tuple: # List of `Contestant`, and a list of `(who, why)` for those who are missing
     "Who can run an algorithm here; whoever cannot be imported is named with the reason"
     found,missing = [],[]
@@ -217,7 +221,7 @@ def contestants(
     if modes: tries.append(('fastxtend_opt', partial(_ours, optimizer, modes)))
     for n in peers:
         if n not in bench_peers: raise ValueError(f"peer {n!r} is not one of {', '.join(bench_peers)}.")
-        tries.append((n, partial(bench_peers[n], optimizer)))
+        tries.append((n, partial(bench_peers[n], optimizer, **({'triton':True} if gpu and n=='optimi' else {}))))
     for who,f in tries:
         try: found += f()
         except Exception as e: missing.append((who, f'{type(e).__name__}: {e}'))
