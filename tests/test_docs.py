@@ -104,7 +104,7 @@ def test_page_documents_its_names(site, src):
     nb = json.loads((root/'nbs'/src).read_text(encoding='utf-8'))
     cells = [''.join(c['source']) for c in nb['cells'] if c['cell_type']=='code']
     exported = [s for s in cells if re.search(r'^#\s*\|\s*exports?\b', s, re.M)]
-    names = [m for s in exported for m in re.findall(r'^(?:def|class) ([A-Za-z]\w*)', s, re.M)]
+    names = [n.name for s in exported for n in ast.parse(s).body if isinstance(n, (ast.FunctionDef,ast.ClassDef)) and not n.name.startswith('_')]
     d = Document((site[0]/site[1][src].out).read_text(encoding='utf-8'))
     heads = {h[1].rstrip('#').strip().rpartition('.')[2] for h in d.headings} # a patched method is headed Learner.fit_flat_varied
     missing = [n for n in names if n not in heads]
