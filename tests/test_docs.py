@@ -1,7 +1,7 @@
 """The documentation: the site is rendered from the notebooks and looked through
 
 `make docs` renders the same site; tools/render_site.py refuses dead links and pages that the sidebar lacks, and that it does is tested here too."""
-import fcntl, importlib.util, json, re, shutil, subprocess, sys
+import ast, fcntl, importlib.util, json, re, shutil, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit

@@ -59,6 +59,14 @@ def test_without_triton(name, monkeypatch):
     opt.step()
     assert opt.state[params[0]]['step']==1
 
+def test_interpreter_has_to_be_chosen_first(monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', '0')
+    with pytest.raises(RuntimeError, match='was taken away after Triton had been imported'): et.triton_interpreted()
+    code = "import os,triton.language; os.environ['TRITON_INTERPRET'] = '1'; from fastxtend_opt.engine.triton import *; triton_interpreted()"
+    env = dict({k:v for k,v in os.environ.items() if k != 'TRITON_INTERPRET'}, PYTHONPATH=str(Path(__file__).parent.parent))
+    res = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert res.returncode and 'RuntimeError: TRITON_INTERPRET was set after Triton had been imported' in res.stderr
+
 def test_capture_is_refused(monkeypatch):
     "A replay would repeat the learning rate and the step counter of the step that was captured"
     params = two()

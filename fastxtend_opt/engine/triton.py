@@ -183,7 +183,7 @@ def emit_triton(
         if e.ph.moves(k): out.append(e.pass_(k))
     return '\n\n'.join(out) + '\n'
 
-# %% ../../nbs/engine/05_triton.ipynb #2327f714
+# %% ../../nbs/engine/05_triton.ipynb #970f5f6d
 def require_triton():
     "The module `triton`; `RuntimeError` that says what to do if it isn't there"
     try: import triton
@@ -193,8 +193,11 @@ def require_triton():
     return triton
 
 def triton_interpreted() -> bool: # Would Triton's interpreter run a new kernel?
-    "Is `TRITON_INTERPRET=1` set?"
-    return bool(require_triton().knobs.runtime.interpret)
+    "Is `TRITON_INTERPRET=1` set? `RuntimeError` if it came or went after Triton was imported, whose own functions are then of the other kind"
+    triton = require_triton()
+    now,then = bool(triton.knobs.runtime.interpret),not isinstance(triton.language.zeros, triton.runtime.JITFunction)
+    if now != then: raise RuntimeError(f"TRITON_INTERPRET {'was set' if now else 'was taken away'} after Triton had been imported: set it before the process starts. No parameter was changed.")
+    return now
 
 def _import_text(text, mode):
     "The module of `text`, from a file that holds just that"
