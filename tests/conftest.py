@@ -32,7 +32,7 @@ def pytest_configure(config):
 @pytest.fixture(autouse=True)
 def triton_backend(request, monkeypatch):
     "A test of mode 'triton' makes its fused optimizers with Triton"
-    if 'triton' in getattr(getattr(request.node, 'callspec', None), 'params', {}).values(): monkeypatch.setenv('FASTXTEND_OPT_FUSED_BACKEND', 'triton')
+    if any(isinstance(v, str) and v == 'triton' for v in getattr(getattr(request.node, 'callspec', None), 'params', {}).values()): monkeypatch.setenv('FASTXTEND_OPT_FUSED_BACKEND', 'triton')
 
 @pytest.fixture
 def threads():
