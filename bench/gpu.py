@@ -8,12 +8,14 @@ Parts (`--parts`): `correct`, every optimizer in float32 and bfloat16 on the dev
 streams, torch's AMP, the refusal of a capture); `first`, the first step of a new kernel in a fresh process; `models`, step times in turns of native,
 foreach, jit and fused beside torch.optim and optimi; `sweep`, the launch's block and warps.
 
-Two times are taken. `gpu`: between two CUDA events, behind a kernel that sleeps, so that the queue is never empty. `wall`: from the call to a
-synchronisation, an idle GPU before it: what launch-bound models feel. A case that the deadline leaves no time for is named in the result.
+Two times are taken. `gpu`: between two CUDA events, behind a kernel that sleeps while the CPU fills the queue. `wall`: from the call to a
+synchronisation, an idle GPU before it: what launch-bound models feel. CUDA's queue holds about a thousand launches (four times as many here): a
+contestant with more of them keeps the GPU waiting even so, which `late` says (the CPU was still launching when the sleep was over) and the table marks
+with *. Each part is a process of its own, so that a fault in one leaves the others' results; what was not run is named in the result.
 
-On the machine that `device` lends, which has torch and Triton but no fastai, wheels have to travel:
-    pip download --no-deps -d .whl fastai fastcore fastprogress fasttransform plum-dispatch beartype torch-optimi ...   # see the library's page on it
-    run: pip install --target /tmp/site .whl/*.whl && PYTHONPATH=/tmp/site:. python3 bench/gpu.py --out $OUT            carry: .whl
+On the machine that `device` lends, which has torch and Triton but no fastai, wheels have to travel: fastai fastcore fastprogress fasttransform
+plum-dispatch beartype python-fasthtml starlette itsdangerous python-multipart torch-optimi (`pip download --no-deps` into .whl, as the tool's page says).
+Before the real run try `python3 -c "from fastxtend_opt.all import *"` and `bench/gpu.py --minutes 1 --models xresnet18 --optimizers adam` there.
 """
 import argparse, contextlib, json, os, subprocess, sys, tempfile, time, traceback
 from functools import partial
@@ -24,7 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
 
 OPTIMIZERS = ('adam','radam','qhadam','lamb','larc','ranger','sgd','rmsprop')
 MODELS = ('xresnet50','deberta_base','matrices','mlp2000','xresnet18','xresnet101','xse_resnext50','convnext_tiny','convnext_small','vit_s16') # those of the goals first
-PARTS = ('correct','first','sweep','models')
+PARTS = ('correct','models','first','sweep')
+SHARE = dict(correct=.3, models=.8, first=.9, sweep=1.) # of the minutes: when a part has to be over
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -36,6 +39,7 @@ def arguments():
     p.add_argument('--rounds', type=int, default=15, help='samples of each contestant, fewer of slow ones (default: %(default)s)')
     p.add_argument('--interpret', action='store_true', help="on a CPU, in small, through Triton's interpreter")
     p.add_argument('--probe', help=argparse.SUPPRESS)
+    p.add_argument('--child', help=argparse.SUPPRESS)
     return p.parse_args()
 
 # ---------------------------------------------------------------- the device
@@ -51,20 +55,23 @@ class Cuda:
     def sync(self): self.torch.cuda.synchronize()
     def free(self): return self.torch.cuda.mem_get_info()[0] + self.torch.cuda.memory_reserved() - self.torch.cuda.memory_allocated()
     def clear(self): self.torch.cuda.empty_cache()
-    def gpu_ms(self, f, sleep=20_000_000):
-        "Time of what `f` puts on the GPU; the GPU sleeps until the CPU has put it there"
+    def gpu_ms(self, f, sleep_ms=10.):
+        "Time of what `f` puts on the GPU, which sleeps until the CPU has put it there; and whether the CPU was late"
         start,end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.add_(1)
-        self.torch.cuda._sleep(sleep)
+        self.sync()
+        self.torch.cuda._sleep(int(sleep_ms*2e6)) # cycles, at about 2 GHz
+        t = time.perf_counter()
         start.record(); f(); end.record()
+        late = (time.perf_counter()-t)*1e3 > .9*sleep_ms
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end),late
     def copy_gbps(self):
         "Bytes read and written a second by a copy on the device"
         n = 2**30
         a,b = (self.torch.empty(n, dtype=self.torch.uint8, device=self.device) for _ in range(2))
         b.copy_(a)
-        ms = sorted(self.gpu_ms(lambda: [b.copy_(a) for _ in range(5)])/5 for _ in range(9))[4]
+        ms = sorted(self.gpu_ms(lambda: [b.copy_(a) for _ in range(5)])[0]/5 for _ in range(9))[4]
         return 2*n/ms/1e6
     def info(self):
         p = self.torch.cuda.get_device_properties(self.device)
@@ -76,9 +83,9 @@ class Interpreter:
     def sync(self): pass
     def free(self): return 2**33
     def clear(self): pass
-    def gpu_ms(self, f, sleep=0):
+    def gpu_ms(self, f, sleep_ms=0.):
         t = time.perf_counter(); f()
-        return (time.perf_counter()-t)*1e3
+        return (time.perf_counter()-t)*1e3,False
     def info(self): return dict(device=self.name, memory_gb=0., processors=0, copy_gbps=1.)
 
 def wall_ms(dev, f):
@@ -172,21 +179,35 @@ def checks(dev):
         h.assert_same(runs[0], runs[1], **h.TOL[torch.float32])
 
     def other_streams():
-        "Steps on several streams, properly ordered, with tables that are made anew and freed in between"
+        "Tables made on one stream, used on a second that is held up, and freed meanwhile: the first one's new tensors must not lie on them"
         params = to(dev, h.make_params()); twins = [nn.Parameter(p.detach().clone()) for p in params]
         a,b,stream = make('adam', params),make('adam', twins, 'native'),h.GradStream(2)
-        streams = [torch.cuda.Stream() for _ in range(3)] if real else [None]*3
-        for i in range(12):
+        def both(i):
             grads(params, stream, i)
             for p,q in zip(params, twins): q.grad = p.grad.clone()
             b.step()
-            s = streams[i%3]
-            if s is None: a.step(); continue
-            s.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(s): a.step()
-            torch.cuda.current_stream().wait_stream(s)
-            junk = [torch.full((4096,), -1, dtype=torch.int64, device=dev.device) for _ in range(8)] # would overwrite a table that was freed too soon
+        one,other = (torch.cuda.Stream(), torch.cuda.Stream()) if real else (None, None)
+        for i in range(6):
+            both(i)
+            if not real: a.step(); continue
+            dev.sync()
+            with torch.cuda.stream(one if i%2 == 0 else other):
+                if i%2: torch.cuda._sleep(100_000_000)
+                a.step()
+            if i%2:
+                sizes = [t.numel() for l in getattr(a, 'opt', a)._plan.launches.values() for t in (l.chunks, l.tensors, l.addresses[1])]
+                a._plan = None # frees the tables, whose last use is still waiting
+                with torch.cuda.stream(one): junk = [torch.full((n,), -1, dtype=torch.int64, device=dev.device) for n in sizes*4]
+                del junk
         h.assert_same([p.detach() for p in params], [q.detach() for q in twins], **h.TOL[torch.float32])
+
+    def more_than_32_bits():
+        "A tensor of more than 2**31 elements, to its last one"
+        n = 2**31 + 5000 if real else 5000
+        if real and dev.free() < 6*n: return 'not enough memory'
+        p = nn.Parameter(torch.ones(n, dtype=torch.bfloat16, device=dev.device)); p.grad = torch.full_like(p, .5)
+        get_optimizer('sgd').func([p], lr=1., mom=0., wd=0., fused=True).step()
+        assert (p.detach() == .5).all()
 
     def two_devices():
         n = torch.cuda.device_count() if real else 1
@@ -204,17 +225,46 @@ def checks(dev):
         runs = []
         for mode in ('fused','native'):
             params = to(dev, h.make_params([(5,),(4,4)]))
-            opt,stream = make(name, params, mode),h.GradStream(1)
+            if callable(name): opt = (FusedOptimizer if mode=='fused' else Optimizer)(h.two_groups(params), [name], lr=.01)
+            else: opt = make(name, params, mode)
+            stream = h.GradStream(1)
             if mode=='fused' and amp_scaling: opt.amp_scaling = True
             scaler = torch.amp.GradScaler(torch.device(dev.device).type, init_scale=2.**10, growth_interval=3)
             for i in range(8):
                 grads(params, stream, i)
                 scaler.scale(torch.ones((), device=dev.device))
-                for p in params: p.grad.mul_(scaler.get_scale())
+                s = scaler.get_scale()
+                for p in params: p.grad.mul_(s)
                 if i in (0,1,4): params[1].grad.view(-1)[0] = float('inf')
                 scaler.step(opt); scaler.update()
             runs.append(([p.detach() for p in params], h.detach_copy(opt.state_dict())))
         h.assert_same(runs[0], runs[1], **h.TOL[torch.float32])
+
+    def amp_waits_for_nothing():
+        "With the scaling in the kernel, a loop with GradScaler synchronises nowhere"
+        params = to(dev, h.make_params())
+        opt,scaler,stream = make('adam', params),torch.amp.GradScaler(torch.device(dev.device).type, init_scale=4.),h.GradStream(1)
+        opt.amp_scaling = True
+        kept = []
+        for i in range(8): grads(params, stream, i); kept.append([p.grad for p in params])
+        loss = torch.ones((), device=dev.device)
+        for i in range(8):
+            if real and i==4: dev.sync(); torch.cuda.set_sync_debug_mode('error')
+            try:
+                for p,g in zip(params, kept[i]): p.grad = g
+                scaler.scale(loss); scaler.step(opt); scaler.update()
+            except BaseException:
+                if real: torch.cuda.set_sync_debug_mode('default')
+                raise
+        if real: torch.cuda.set_sync_debug_mode('default')
+
+    def keeps_gradient(p, lr, buf=None, prev=None, **kwargs):
+        buf = p.grad.data.clone() if buf is None else buf.mul_(.9).add_(p.grad.data)
+        if prev is None: prev = torch.zeros_like(p.data)
+        n = p.grad.data.norm()
+        prev.copy_(p.grad.data)
+        p.data.sub_((buf + p.grad.data/(n + 1))*lr)
+        return {'buf': buf, 'prev': prev}
 
     def capture_is_refused():
         if not real: return 'no graphs here'
@@ -245,16 +295,18 @@ def checks(dev):
         yield f'{n} bfloat16', partial(rounds_once, n, torch.bfloat16)
         yield f'{n} no synchronisation', partial(nothing_waits, n)
     yield 'adam float16',partial(rounds_once, 'adam', torch.float16)
-    yield from (('layouts and offsets', layouts_and_offsets), ('streams', other_streams), ('two devices', two_devices), ('mixed dtypes', mixed_dtypes), ('capture', capture_is_refused))
-    for n in ('adam','lamb'): yield from ((f'{n} GradScaler', partial(amp, n, False)), (f'{n} GradScaler in the kernel', partial(amp, n, True)))
+    yield from (('layouts and offsets', layouts_and_offsets), ('two devices', two_devices), ('mixed dtypes', mixed_dtypes), ('capture', capture_is_refused), ('2**31 elements', more_than_32_bits),
+                ('GradScaler without synchronisation', amp_waits_for_nothing), ('streams', other_streams))
+    for n in ('adam','lamb',keeps_gradient): yield from ((f'{getattr(n, "__name__", n)} GradScaler', partial(amp, n, False)), (f'{getattr(n, "__name__", n)} GradScaler in the kernel', partial(amp, n, True)))
 
 def part_correct(a, dev, out, left):
     out['correct'] = []
     for name,f in checks(dev):
-        if left() < .4*a.minutes*60: out['not_run'].append(f'correct: {name}'); continue
+        if left() < 3: out['not_run'].append(f'correct: {name}'); continue
         try: res = dict(check=name, ok=True, note=f() or '')
         except Exception as e: res = dict(check=name, ok=False, note=f'{type(e).__name__}: {e}'[:600], trace=traceback.format_exc()[-1500:])
         out['correct'].append(res)
+        out['save']()
         if not res['ok']: print(f"WRONG {name}: {res['note']}", flush=True)
     print(f"correct: {sum(c['ok'] for c in out['correct'])} of {len(out['correct'])}", flush=True)
 
@@ -273,11 +325,11 @@ def probe(name, device):
 
 def part_first(a, dev, out, left):
     out['first'] = []
-    for name in a.optimizers:
-        if left() < .3*a.minutes*60: out['not_run'].append(f'first: {name}'); continue
+    for name in [n for n in ('lamb','adam','ranger') if n in a.optimizers] or a.optimizers[:1]:
+        if left() < 12: out['not_run'].append(f'first: {name}'); continue
         with tempfile.TemporaryDirectory(prefix='gpu_first') as d:
             env = {**os.environ, 'TRITON_CACHE_DIR':f'{d}/triton', 'FASTXTEND_OPT_CACHE':f'{d}/own', 'PYTHONWARNINGS':'ignore'}
-            rs = [subprocess.run([sys.executable, __file__, '--probe', name, *(['--interpret'] if a.interpret else [])], env=env, capture_output=True, text=True) for _ in range(2)]
+            rs = [subprocess.run([sys.executable, __file__, '--probe', name, *(['--interpret'] if a.interpret else [])], env=env, capture_output=True, text=True, timeout=120) for _ in range(2)]
         if any(r.returncode for r in rs): out['not_run'].append(f'first: {name}: {rs[0].stderr[-300:]}'); continue
         cold,warm = (json.loads(r.stdout.splitlines()[-1]) for r in rs)
         out['first'].append(dict(optimizer=name, cold_ms=cold['first_ms'], warm_ms=warm['first_ms'], later_ms=warm['later_ms']))
@@ -315,7 +367,7 @@ def case(a, dev, model, optimizer, dtype, copy_gbps, out):
             for _ in range(3): opt.step()
             ms = wall_ms(dev, opt.step)
             reps = max(3, min(a.rounds, int(600/max(ms, .01)))) if not a.interpret else 2 # slow ones get fewer samples
-            turns[c.label] = dict(c=c, opt=opt, reps=reps, ms=ms, gpu=[], wall=[])
+            turns[c.label] = dict(c=c, opt=opt, reps=reps, ms=ms, gpu=[], wall=[], late=0)
         except Exception as e: out['missing'].append(dict(model=model, optimizer=optimizer, who=c.label, why=f'{type(e).__name__}: {e}'[:300]))
     if skipped: out['missing'].append(dict(model=model, optimizer=optimizer, who=', '.join(skipped), why='not enough memory on the device'))
     names = list(turns)
@@ -323,8 +375,8 @@ def case(a, dev, model, optimizer, dtype, copy_gbps, out):
         for k in names[r%len(names):] + names[:r%len(names)]:
             t = turns[k]
             if r >= t['reps']: continue
-            sleep = int(min(t['ms']*3, 400)*2e6) # cycles at about 2 GHz: long enough for the CPU to be ahead
-            t['gpu'].append(dev.gpu_ms(lambda: [t['opt'].step() for _ in range(every)], sleep)/every)
+            ms,late = dev.gpu_ms(lambda: [t['opt'].step() for _ in range(every)], max(1., min(t['ms']*3*every, 600)))
+            t['gpu'].append(ms/every); t['late'] += late
             t['wall'].append(wall_ms(dev, lambda: [t['opt'].step() for _ in range(every)])/every)
     res = []
     for k,t in turns.items():
@@ -332,7 +384,7 @@ def case(a, dev, model, optimizer, dtype, copy_gbps, out):
         by = bytes_of(t['opt'], pset.params[0], n, reduction, every)
         g = median(t['gpu'])
         res.append(dict(model=model, optimizer=optimizer, dtype=str(dtype)[6:], contestant=k, lib=t['c'].lib, mode=t['c'].mode, tensors=len(pset.params), elements=n,
-                        gpu_ms=g, wall_ms=median(t['wall']), samples=len(t['gpu']), gpu_min=min(t['gpu']), gpu_max=max(t['gpu']), bytes=by, of_copy=by/g/1e6/copy_gbps))
+                        gpu_ms=g, wall_ms=median(t['wall']), samples=len(t['gpu']), late=t['late'], gpu_min=min(t['gpu']), gpu_max=max(t['gpu']), bytes=by, of_copy=by/g/1e6/copy_gbps))
     out['rows'] += res
     print(f"{model} {optimizer} {str(dtype)[6:]}: " + ', '.join(f"{r['contestant']} {r['gpu_ms']:.3f}/{r['wall_ms']:.3f}" for r in sorted(res, key=lambda r: r['gpu_ms'])), flush=True)
 
@@ -341,40 +393,48 @@ def part_models(a, dev, out, left):
     from fastxtend_opt.tools.benchmark import _no_gc
     cases = [(m, o, torch.float32) for m in a.models for o in a.optimizers]
     first = [c for c in cases if c[1]=='adam' or c[0] in ('xresnet50','deberta_base')] # what the goals speak of
+    first.sort(key=lambda c: c[:2] != ('matrices','adam'))
     cases = first + [(m, o, torch.bfloat16) for m in a.models for o in ('adam',) if m in ('matrices','deberta_base') and o in a.optimizers] + [c for c in cases if c not in first]
     for m,o,d in cases:
         if left() < 8: out['not_run'].append(f'models: {m} {o} {str(d)[6:]}'); continue
         try:
             with _no_gc(): case(a, dev, m, o, d, out['machine']['copy_gbps'], out)
+            dev.clear()
         except Exception as e: out['not_run'].append(f'models: {m} {o}: {type(e).__name__}: {e}'[:300])
-        dev.clear()
+        out['save']()
 
 def part_sweep(a, dev, out, left):
     "Other blocks and warps than the package's, in turns: what `engine.fused` should hold"
     import torch
     from fastxtend_opt.engine import fused
     from fastxtend_opt.tools.benchmark import ParamSet, contestants
-    default = fused.GPU_BLOCK,fused.GPU_WARPS,fused.GPU_CHUNK
-    sizes = [(512,4,2**14), (1024,4,2**12), (1024,4,2**14), (1024,8,2**14), (1024,4,2**16), (2048,4,2**14), (2048,8,2**14)] if not a.interpret else [default, (256,4,1024)]
+    names = 'GPU_BLOCK','GPU_WARPS','GPU_CHUNK','GPU_PROGRAMS'
+    default = tuple(getattr(fused, n) for n in names)
+    def use(s):
+        for n,v in zip(names, s): setattr(fused, n, v)
+    sizes = [(512,4,2**14,2**13), (1024,8,2**14,2**13), (2048,4,2**14,2**13), (2048,8,2**14,2**13), (1024,4,2**14,2**11), (1024,4,2**14,2**15), (1024,4,2**16,2**13), (1024,2,2**14,2**13)] if not a.interpret else [(256,4,1024,1)]
     out['sweep'] = []
     for model,optimizer,dtype in (('xresnet50','adam',torch.float32), ('matrices','adam',torch.float32), ('matrices','adam',torch.bfloat16), ('xresnet50','lamb',torch.float32)):
-        if left() < .45*a.minutes*60: out['not_run'].append(f'sweep: {model} {optimizer}'); continue
-        pset,opts = ParamSet(rows_of(a, model), device=dev.device, dtype=dtype),{}
-        pset.saved = None
+        if left() < 8: out['not_run'].append(f'sweep: {model} {optimizer}'); continue
+        opts = {}
         try:
+            pset = ParamSet(rows_of(a, model), device=dev.device, dtype=dtype)
+            pset.saved = None
             for s in dict.fromkeys([default, *sizes]):
-                fused.GPU_BLOCK,fused.GPU_WARPS,fused.GPU_CHUNK = s
+                use(s)
                 opt = contestants(optimizer, ('fused',), (), baseline=False)[0][0].make(pset, 1e-5)
                 opt.step(); opt.step()
                 opts[s] = opt,[]
             for r in range(12 if not a.interpret else 1):
                 for s,(opt,ts) in opts.items():
-                    fused.GPU_BLOCK,fused.GPU_WARPS,fused.GPU_CHUNK = s
-                    ts.append(dev.gpu_ms(opt.step))
+                    use(s)
+                    ts.append(dev.gpu_ms(opt.step)[0])
         except Exception as e: out['not_run'].append(f'sweep: {model} {optimizer}: {type(e).__name__}: {e}'[:300])
-        finally: fused.GPU_BLOCK,fused.GPU_WARPS,fused.GPU_CHUNK = default
-        out['sweep'] += [dict(model=model, optimizer=optimizer, dtype=str(dtype)[6:], block=s[0], warps=s[1], chunk=s[2], gpu_ms=median(ts), default=s==default) for s,(_,ts) in opts.items() if ts]
-        del opts; dev.clear()
+        finally: use(default)
+        out['sweep'] += [dict(model=model, optimizer=optimizer, dtype=str(dtype)[6:], block=s[0], warps=s[1], chunk=s[2], programs=s[3], gpu_ms=median(ts), default=s==default) for s,(_,ts) in opts.items() if ts]
+        del opts
+        out['save']()
+        dev.clear()
     for s in out['sweep']: print('sweep', s, flush=True)
 
 # ---------------------------------------------------------------- the result
@@ -413,9 +473,9 @@ def report(out):
         rs = sorted((r for r in out['rows'] if (r['model'],r['optimizer'],r['dtype'])==(model,opt,dt)), key=lambda r: -r['gpu_ms'])
         nat = next((r['gpu_ms'] for r in rs if r['contestant']=='fastai native'), None)
         s.append(f"### {titles.get(model, model)}, {opt}, {dt}\n\n{rs[0]['tensors']:,} tensors, {rs[0]['elements']/1e6:.1f} M elements\n\n" +
-                 _md(['','GPU ms','wall ms','x fastai (GPU)','share of copy bandwidth','samples'], [[r['contestant'], _f(r['gpu_ms']), _f(r['wall_ms']), _f(nat and nat/r['gpu_ms']), _f(r['of_copy']), str(r['samples'])] for r in rs]) + '\n')
+                 _md(['','GPU ms','wall ms','x fastai (GPU)','share of copy bandwidth','samples'], [[r['contestant'], _f(r['gpu_ms']) + ' *'*(r['late'] > r['samples']/2), _f(r['wall_ms']), _f(nat and nat/r['gpu_ms']), _f(r['of_copy']), str(r['samples'])] for r in rs]) + '\n')
     if out.get('first'): s.append('## First step\n\n' + _md(['optimizer','cold ms','from the disk ms','later ms'], [[f['optimizer'], _f(f['cold_ms']), _f(f['warm_ms']), _f(f['later_ms'])] for f in out['first']]) + '\n')
-    if out.get('sweep'): s.append('## Launch sizes\n\n' + _md(['case','block','warps','chunk','GPU ms'], [[f"{w['model']} {w['optimizer']} {w['dtype']}", str(w['block']), str(w['warps']), str(w['chunk']), _f(w['gpu_ms']) + (' (default)' if w['default'] else '')] for w in out['sweep']]) + '\n')
+    if out.get('sweep'): s.append('## Launch sizes\n\n' + _md(['case','block','warps','chunk','programs','GPU ms'], [[f"{w['model']} {w['optimizer']} {w['dtype']}", str(w['block']), str(w['warps']), str(w['chunk']), str(w['programs']), _f(w['gpu_ms']) + (' (default)' if w['default'] else '')] for w in out['sweep']]) + '\n')
     missing = dict.fromkeys(f"{x['model']} {x['optimizer']}: {x['who']}: {x['why']}" for x in out['missing'])
     if missing or out['not_run']: s.append('## Missing, and not run\n\n' + '\n'.join(f'- {x}' for x in [*missing, *out['not_run']]) + '\n')
     return '\n'.join(s)
@@ -447,27 +507,47 @@ def plot(out, path):
     fig.suptitle(out['machine']['device'], fontsize=11)
     fig.savefig(path, dpi=100)
 
+def child(a, start):
+    "One part, in a process of its own; what it has is written after each case"
+    part,path = a.child.split(':', 1)
+    out = json.loads(Path(path).read_text())
+    dev = Interpreter() if a.interpret else Cuda()
+    left = lambda: SHARE[part]*a.minutes*60 - (time.time()-start)
+    if not out['machine']:
+        import triton
+        from fastxtend_opt.tools.benchmark import machine_info
+        out['machine'] = {**machine_info(), **dev.info()}
+        out['machine']['versions']['triton'] = triton.__version__
+        print(out['machine'], flush=True)
+    def save(): Path(path).write_text(json.dumps({k:v for k,v in out.items() if k != 'save'}, indent=1)+'\n')
+    out['save'] = save
+    save()
+    dict(correct=part_correct, first=part_first, sweep=part_sweep, models=part_models)[part](a, dev, out, left)
+    save()
+
 def main():
     a = arguments()
+    os.environ.setdefault('CUDA_SCALE_LAUNCH_QUEUES', '4x')
     if a.interpret: os.environ['TRITON_INTERPRET'],os.environ['FASTXTEND_OPT_FUSED_BACKEND'] = '1','triton'
     if a.probe: return probe(a.probe, 'cpu' if a.interpret else 'cuda')
-    start = time.perf_counter()
-    left = lambda: a.minutes*60 - (time.perf_counter()-start)
-    dev = Interpreter() if a.interpret else Cuda()
-    from fastxtend_opt.tools.benchmark import machine_info
-    out = dict(format=1, kind='gpu', machine={**machine_info(), **dev.info()}, rounds=a.rounds, rows=[], missing=[], not_run=[])
-    import triton
-    out['machine']['versions']['triton'] = triton.__version__
-    print(out['machine'], flush=True)
+    start = float(os.environ.setdefault('GPU_BENCH_START', str(time.time())))
+    if a.child: return child(a, start)
+    if not a.interpret: Cuda() # or say at once that there is none
     a.out.mkdir(parents=True, exist_ok=True)
-    def save():
-        out['seconds'] = time.perf_counter()-start
-        (a.out/'gpu.json').write_text(json.dumps(out, indent=1)+'\n')
-        (a.out/'gpu.md').write_text(report(out))
-    for p in PARTS: # what was measured is kept if a later part dies
-        if p in a.parts: dict(correct=part_correct, first=part_first, sweep=part_sweep, models=part_models)[p](a, dev, out, left); save()
+    path,failed = a.out/'gpu.json',False
+    path.write_text(json.dumps(dict(format=1, kind='gpu', machine=None, rounds=a.rounds, rows=[], missing=[], not_run=[]))+'\n')
+    for part in PARTS:
+        if part not in a.parts: continue
+        limit = SHARE[part]*a.minutes*60 - (time.time()-start) + 15
+        try: rc = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--child', f'{part}:{path}'], timeout=max(limit, 20)).returncode
+        except subprocess.TimeoutExpired: rc = 'stopped at its time'
+        out = json.loads(path.read_text())
+        if rc: out['not_run'].append(f'{part}: the process ended with {rc}; what it had is kept'); failed = True
+        out['seconds'] = time.time()-start
+        path.write_text(json.dumps(out, indent=1)+'\n')
+        if out['machine']: (a.out/'gpu.md').write_text(report(out))
     if out['rows']: plot(out, a.out/'gpu.png')
     print(f"{out['seconds']:.0f} s; written: {a.out}/gpu.json, gpu.md" + ', gpu.png'*bool(out['rows']))
-    return any(not c['ok'] for c in out.get('correct', []))
+    return failed or any(not c['ok'] for c in out.get('correct', []))
 
 if __name__ == '__main__': sys.exit(main())

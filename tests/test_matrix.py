@@ -561,6 +561,27 @@ def s_scalar_tensor_changed_last(p, lr, scale=None, other=None, **kwargs):
     p.data.sub_(p.grad.data*scale*lr)
     return {'scale': other*.5, 'other': scale.clone()}
 
+def s_spread(p, lr, scale=None, wide=None, **kwargs):
+    "One value spread over the elements, and then reduced"
+    if scale is None: scale,wide = p.data.mean() + 2,torch.zeros_like(p.data)
+    wide.copy_(scale)
+    p.data.sub_((p.grad.data/wide + wide.sum()*1e-3 + wide.norm()*1e-3)*lr)
+    return {'scale': scale*.9, 'wide': wide}
+
+def s_buffer_from_grad(p, lr, buf=None, **kwargs):
+    "As torch.optim.SGD: the buffer begins as a copy of the gradient"
+    buf = p.grad.data.clone() if buf is None else buf.mul_(.9).add_(p.grad.data)
+    p.data.sub_(buf*lr)
+    return {'buf': buf}
+
+def s_keeps_grad(p, lr, prev=None, **kwargs):
+    "The gradient is stored before it is used again"
+    if prev is None: prev = torch.zeros_like(p.data)
+    n = p.grad.data.norm()
+    prev.copy_(p.grad.data)
+    p.data.sub_(p.grad.data/(n + 1)*lr)
+    return {'prev': prev}
+
 def s_plain_p(p, lr, **kwargs):
     "`p` and `p.grad` without `.data`, under no_grad"
     with torch.no_grad(): p.sub_(p.grad*lr + p*1e-3)
@@ -587,12 +608,12 @@ USERS = {
     'inplace_chain': [s_inplace_chain], 'clips_grad': [s_clips_grad], 'scales_grad': [s_scales_grad, average_grad, momentum_step],
     'norms': [s_norms], 'reductions': [s_reductions], 'two_phases': [s_two_phases],
     'scalar_state': [s_scalar_state], 'numpy_scalars': [s_numpy_scalars], 'scalar_tensor_state': [s_scalar_tensor_state],
-    'scalar_tensor_changed_last': [s_scalar_tensor_changed_last], 'plain_p': [s_plain_p],
+    'scalar_tensor_changed_last': [s_scalar_tensor_changed_last], 'spread': [s_spread], 'buffer_from_grad': [s_buffer_from_grad], 'keeps_grad': [s_keeps_grad], 'plain_p': [s_plain_p],
     'class': [ClassStepper()], 'class3': [ClassStepper(3)], 'returns_tensor': [s_returns_self], 'closure': [lambda p, lr, **kwargs: p.data.sub_(p.grad.data*(lr/2))],
     'chain': [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step, s_extra_scalar],
     'state_made_by_another': [s_out_of_place, s_state_updated_twice], 'partial': [partial(s_out_of_place, mom=.3)], 'fastai_sgd': [l2_reg, sgd_step]}
 HYPERS = {'chain': dict(mom=.9, sqr_mom=.99, eps=1e-5)}
-REDUCES = ('norms','reductions','two_phases','scalar_tensor_state','scalar_tensor_changed_last')
+REDUCES = ('norms','reductions','two_phases','scalar_tensor_state','scalar_tensor_changed_last','spread','keeps_grad')
 
 def engine(mode):
     if mode=='native': return Optimizer

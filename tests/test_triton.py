@@ -1,12 +1,12 @@
 """The fused mode on a GPU, as far as it can be held without one. The matrix runs every optimizer through Triton's interpreter (mode 'triton'); here are
 the backend's choice and its refusals, torch's AMP, the bookkeeping of a launch, and that the text of every kernel compiles for a real GPU, with vector loads.
 """
-import json,os,subprocess,sys
+import contextlib,json,os,subprocess,sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np,pytest,torch
-from fastai.optimizer import sgd_step,weight_decay
+from fastai.optimizer import Optimizer,sgd_step,weight_decay
 from torch import nn
 from fastxtend_opt.engine import fused,optimizer as eo,triton as et
 from fastxtend_opt.engine.cohort import make_cohorts
@@ -15,6 +15,7 @@ from fastxtend_opt.engine.ops import OPS
 from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
 from fastxtend_opt.engine.tape import UnsupportedError,trace_steppers
 from helpers import *
+from test_matrix import s_buffer_from_grad,s_keeps_grad,s_scales_grad,s_spread
 
 NAMES = [o.name for o in list_optimizers()]
 
@@ -74,6 +75,7 @@ def test_capture_is_refused(monkeypatch):
     GradStream().set(params, 0)
     work = opt._trace({})
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device', lambda d: contextlib.nullcontext())
     for c,_,_ in work: c.device = torch.device('cuda', 0) # only the test for capturing looks at it
     with unchanged(params, opt):
         with pytest.raises(UnsupportedError, match="can't be captured.*opt.step()"): opt._prepare(work)
@@ -179,7 +181,7 @@ def test_one_launch_a_phase():
         GradStream().set(ps, 0); opt.step()
         launch = TritonLaunch.__call__
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(TritonLaunch, '__call__', lambda self, k, *a: launch(self, et.TritonKernel(k.compute, [(s,Counted(f)) for s,f in k.stages]), *a))
+            m.setattr(TritonLaunch, '__call__', lambda self, k, *a: launch(self, k._replace(stages=[(s,Counted(f)) for s,f in k.stages]), *a))
             opt.step()
         tapes = len(opt._plan.launches)
         assert len(calls)==n*tapes and tapes<=2, (name, calls) # with decay and without
@@ -187,9 +189,11 @@ def test_one_launch_a_phase():
 
 # ---------------------------------------------------------------- torch's AMP
 def amp_run(name, mode, amp_scaling, overflows=(), n=8, unscale=(), dtype=torch.float32):
-    "A loop as in torch's documentation, with a real GradScaler; the gradients of some steps overflow"
+    "A loop as in torch's documentation, with a real GradScaler; the gradients of some steps overflow. `name`: an optimizer, or a stepper"
     params = make_params([(5,),(4,4),(33,)], dtype=dtype, big=False)
-    opt = make(name, two_groups(params), mode, wd=.1)
+    if isinstance(name, str): opt = make(name, two_groups(params), mode, wd=.1)
+    else:
+        with backend_of(mode): opt = (eo.FusedOptimizer if mode=='triton' else Optimizer)(two_groups(params), [name], lr=.01)
     if mode=='triton' and amp_scaling: opt.amp_scaling = True
     scaler,stream = torch.amp.GradScaler('cpu', init_scale=2.**10, growth_interval=3),GradStream(1)
     for i in range(n):
@@ -214,6 +218,43 @@ def test_grad_scaler(name, amp_scaling, overflows):
     assert_same([p.detach() for p in a], [p.detach() for p in b], **TOL[torch.float32])
     assert_same(detach_copy(oa.state_dict()), detach_copy(ob.state_dict()), **TOL[torch.float32])
     assert sa.get_scale()==sb.get_scale()
+
+@pytest.mark.parametrize('overflows', [(), (0,), (1,4)], ids=str)
+@pytest.mark.parametrize('stepper', [s_buffer_from_grad, s_keeps_grad, s_scales_grad, s_spread], ids=lambda o: o.__name__)
+def test_grad_scaler_and_steppers_that_keep_the_gradient(stepper, overflows):
+    "What is kept of a gradient is the unscaled one, wherever it is loaded again; and nothing of one that overflowed"
+    a,oa,_ = amp_run(stepper, 'triton', True, overflows)
+    b,ob,_ = amp_run(stepper, 'native', False, overflows)
+    assert_same([p.detach() for p in a], [p.detach() for p in b], **TOL[torch.float32])
+    assert_same(detach_copy(oa.state_dict()), detach_copy(ob.state_dict()), **TOL[torch.float32])
+
+def test_grad_scaler_after_a_step_that_raised():
+    "What the scaler had set must not act on a later step"
+    p = nn.Parameter(torch.ones(3))
+    broken = [True]
+    def s(p, lr, **kwargs):
+        if broken[0]: raise KeyError('once')
+        p.data.sub_(p.grad.data*lr)
+    with backend_of('triton'): opt = eo.FusedOptimizer([p], [s], lr=.1)
+    opt.amp_scaling,scaler = True,torch.amp.GradScaler('cpu', init_scale=1024.)
+    p.grad = torch.full((3,), 1024.)
+    scaler.scale(torch.ones(()))
+    with pytest.raises(KeyError): scaler.step(opt)
+    scaler.update(1024.)
+    broken[0] = False
+    p.grad = torch.ones(3)
+    opt.step()
+    assert_same(p.detach(), torch.full((3,), .9), rtol=1e-6)
+    p.grad = torch.full((3,), 1024.)
+    scaler.step(opt)
+    assert_same(p.detach(), torch.full((3,), .8), rtol=1e-6)
+
+def test_grad_scaler_without_any_gradient():
+    opt,scaler = make('adam', two()),torch.amp.GradScaler('cpu')
+    opt.amp_scaling = True
+    scaler.scale(torch.ones(()))
+    scaler.step(opt)
+    assert all(not o for o in opt.state_dict()['state'])
 
 def test_grad_scaler_with_unscale():
     a,oa,_ = amp_run('adam', 'triton', True, overflows=(2,), unscale=(1,2,4))

@@ -13,7 +13,8 @@ from .cpp import kernel_threads
 
 # %% auto #0
 __all__ = ['CHUNK_SIZE', 'SOLO_SIZE', 'GPU_BLOCK', 'GPU_CHUNK', 'GPU_PROGRAMS', 'GPU_WARPS', 'flat_layout', 'fused_sort',
-           'AddressTable', 'chunk_rows', 'KernelLaunch', 'gpu_chunk', 'TritonLaunch']
+           'aligned_addresses', 'AddressTable', 'chunk_rows', 'KernelLaunch', 'gpu_chunk', 'warm_triton',
+           'TritonLaunch']
 
 # %% ../../nbs/engine/06_fused.ipynb #b1e52014
 _reader_source = '''#include <cstdint>
@@ -149,11 +150,17 @@ def flat_layout(
         expect *= sz
     return True
 
-# %% ../../nbs/engine/06_fused.ipynb #4caf3919
+# %% ../../nbs/engine/06_fused.ipynb #70b364e6
 def fused_sort(p, g, st):
     "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
     if not flat_layout(p): return 'foreach'
     return 'flat' if g.stride() == p.stride() or (p.is_contiguous() and g.is_contiguous()) else 'copy'
+
+def aligned_addresses(
+    a:np.ndarray # Addresses
+) -> bool: # Are all multiples of 16 bytes?
+    "Can a GPU load and store vectors at all of `a`?"
+    return not (a & 15).any()
 
 class AddressTable:
     "Addresses of a cohort's tensors, a row a parameter, read anew for each step"
@@ -266,7 +273,7 @@ class KernelLaunch:
         kernel(threads, len(solo), solo.ctypes.data, len(wide), wide.ctypes.data, self.chunks.ctypes.data, self.tensors.ctypes.data,
                self.addresses.ctypes.data, numbers.ctypes.data, s[0].ctypes.data, s[1].ctypes.data)
 
-# %% ../../nbs/engine/06_fused.ipynb #7c53477d
+# %% ../../nbs/engine/06_fused.ipynb #b360a1b4
 GPU_BLOCK = 1024 # Elements that a program works on at a time
 GPU_CHUNK = 1<<14 # Most elements of a chunk
 GPU_PROGRAMS = 1<<13 # Programs to have before chunks become that big
@@ -286,6 +293,24 @@ def _send(array, device):
     return t.clone() if device.type == 'cpu' else t.pin_memory().to(device, non_blocking=True)
 
 _interpreter = threading.RLock() # Triton's interpreter keeps its state in globals
+
+def _sizes(kind, aligned, scaled):
+    "Compile-time arguments of a kernel's functions"
+    return dict(BLOCK=GPU_BLOCK, SCALED=scaled, num_warps=GPU_WARPS, **({} if kind == 'values' else {'ALIGNED':aligned}))
+
+def warm_triton(
+    kernel, # Result of `triton_kernel`
+    device:torch.device, # Where it is to run
+    aligned:bool, # Are all addresses multiples of 16 bytes?
+    scaled:bool # Does it unscale gradients?
+):
+    "Have `kernel` compiled before anything is changed, once for each way of calling it"
+    key = device,aligned,scaled,GPU_BLOCK,GPU_WARPS
+    if device.type == 'cpu' or key in kernel.ready: return
+    with torch.get_device_module(device).device(device):
+        for kind,f in kernel.stages:
+            f.warmup(torch.int64, torch.int64, *[kernel.compute]*3, *[torch.float32 if scaled else None]*2, grid=(1,), **_sizes(kind, aligned, scaled))
+    kernel.ready.add(key)
 
 class TritonLaunch:
     "Launches of Triton kernels for several cohorts that run the same tape"
@@ -315,7 +340,7 @@ class TritonLaunch:
         "The addresses and numbers of this step on the device"
         a = self.tables[0].address if len(self.tables) == 1 else np.concatenate([t.address for t in self.tables])
         if self.addresses is None or a.shape != self.addresses[0].shape or not np.array_equal(a, self.addresses[0]):
-            self.addresses = a.copy(),_send(a, self.device),not (a & 15).any()
+            self.addresses = a.copy(),_send(a, self.device),aligned_addresses(a)
         with np.errstate(over='ignore'): n = np.array([t.scalars or [0.] for t in tapes]).astype(np.float64 if dtype is torch.float64 else np.float32)
         if self.numbers is None or n.dtype != self.numbers[0].dtype or n.shape != self.numbers[0].shape or not np.array_equal(n, self.numbers[0]): self.numbers = n,_send(n, self.device)
         return self.addresses[1],self.numbers[1],self.addresses[2]
@@ -340,5 +365,4 @@ class TritonLaunch:
             for kind,f in kernel.stages:
                 if not self.grid[kind][0]: continue
                 args = addresses,numbers,values,partial,*(amp or (None,None))
-                if kind == 'values': f[self.grid[kind]](self.tensors, *args, BLOCK=GPU_BLOCK, SCALED=amp is not None, num_warps=GPU_WARPS)
-                else: f[self.grid[kind]](self.chunks, *args, BLOCK=GPU_BLOCK, ALIGNED=aligned, SCALED=amp is not None, num_warps=GPU_WARPS)
+                f[self.grid[kind]](self.tensors if kind == 'values' else self.chunks, *args, **_sizes(kind, aligned, amp is not None))

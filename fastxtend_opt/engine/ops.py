@@ -118,8 +118,9 @@ add_op('isnan', torch.isnan, '({0}!={0})', triton='({0} != {0})', boolean=True)
 add_op('isfinite', torch.isfinite, '(({0}-{0})==CT(0))', triton='(({0} - {0}) == 0)', boolean=True)
 add_op('where', torch.where, '({0}?{1}:{2})', triton='tl.where({0} != 0, {1}, {2})', nargs=3)
 
-# %% ../../nbs/engine/00_ops.ipynb #af48cc33
+# %% ../../nbs/engine/00_ops.ipynb #490d47cd
 add_op('full', torch.full_like, '{1}', 'torch.full_like({0}, {1})', nargs=2)
+add_op('expand', lambda x,y: torch.empty_like(x).copy_(y), '{1}', 'torch.empty_like({0}).copy_({1})', nargs=2)
 for _n in 'float16 bfloat16 float32 float64'.split():
     add_op(f'to_{_n}', lambda x,dt=getattr(torch,_n): x.to(dt), 'CT({0})', '{0}.to(torch.%s)'%_n, triton='{0}')
 

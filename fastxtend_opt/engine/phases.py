@@ -11,7 +11,7 @@ from .tape import Tape, SCALAR_REF
 # %% auto #0
 __all__ = ['TapePhases']
 
-# %% ../../nbs/engine/05_phases.ipynb #766e2edd
+# %% ../../nbs/engine/05_phases.ipynb #40d6f65f
 class TapePhases:
     "Which entries of a tape are computed, and which slots stored, in which pass over memory"
     def __init__(self,
@@ -50,7 +50,7 @@ class TapePhases:
             done.add(r)
             if r in new: loads[r] = (new[r], True)
             elif r < 0: loads[r] = (-r-1, False)
-            else: todo += [a for i,a in enumerate(self.tape.ops[r][1:]) if not (self.tape.ops[r][0]=='full' and i==0)]
+            else: todo += [a for i,a in enumerate(self.tape.ops[r][1:]) if not (self.tape.ops[r][0] in ('full','expand') and i==0)] # of which only the shape counts
         return [r for r in sorted(done) if r not in loads], loads
 
     def _postpone(self):

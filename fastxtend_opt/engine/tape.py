@@ -78,7 +78,7 @@ class Tape:
 _rank = {torch.bool:0, torch.float16:1, torch.bfloat16:1, torch.float32:2, torch.float64:3}
 def _promote(a, b, ka, kb): return a if a is b else torch.promote_types(a, b)
 
-# %% ../../nbs/engine/01_tape.ipynb #d8f068cb
+# %% ../../nbs/engine/01_tape.ipynb #80ac2a04
 class TapeTensor:
     "Symbolic stand-in for a tensor: its operations are put on a `Tape`"
     __slots__ = ('tape','ref','kind','dtype','_grad')
@@ -98,6 +98,7 @@ class TapeTensor:
     def _set(self, x):
         "Become the value `x`, keeping the dtype"
         if x.kind=='e' and self.kind=='s': self.tape.refuse('in-place operation', "would give a value an element to a tensor that has one value a parameter")
+        if x.kind!=self.kind: x = self.tape.emit('expand', self, x)
         if x.dtype is not self.dtype: x = x.to(self.dtype)
         self.ref = x.ref
         return self
@@ -293,7 +294,7 @@ def _finish(tape, loads, state):
     tape.stores = tuple(stores)
     if tape.created: _make_slots(tape)
 
-# %% ../../nbs/engine/01_tape.ipynb #8940bc81
+# %% ../../nbs/engine/01_tape.ipynb #f7ac1013
 def _make_slots(tape):
     "Turn created state into slots, in the order of their names; a constant start becomes a load"
     new,ops = tape.created,tape.ops
@@ -305,7 +306,7 @@ def _make_slots(tape):
         e = start(new[k].ref)
         if e is not None and e not in starts and tape.types[e] == (new[k].kind, new[k].dtype): starts[e] = k
     const = {k:tape.scalars[ops[e][2]-SCALAR_REF] for e,k in starts.items()}
-    copied = {k:tape.slots[-t.ref-1].name for k,t in new.items() if t.ref < 0 and t.dtype is tape.slots[-t.ref-1].dtype}
+    copied = {k:tape.slots[-t.ref-1].name for k,t in new.items() if t.ref < 0 and t.ref != -2 and t.dtype is tape.slots[-t.ref-1].dtype} # not of the gradient, which a kernel may have to unscale
     slots = tape.slots[:2] + tuple(sorted((*tape.slots[2:], *(TapeSlot(k, t.kind, t.dtype) for k,t in new.items()))))
     where = {s.name:-i-1 for i,s in enumerate(slots)}
     moved = {-i-1:where[s.name] for i,s in enumerate(tape.slots)}

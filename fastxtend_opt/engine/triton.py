@@ -63,7 +63,7 @@ def sqrt(x): return tl.sqrt(x)'''}
 
 _pointer = {torch.float32:'tl.float32', torch.float64:'tl.float64', torch.float16:'tl.float16', torch.bfloat16:'tl.uint16'}
 
-# %% ../../nbs/engine/05_triton.ipynb #23464c79
+# %% ../../nbs/engine/05_triton.ipynb #21e9e568
 def _val(r): return f's{r-SCALAR_REF}' if r >= SCALAR_REF else f't{r}' if r >= 0 else f'x{-r-1}'
 
 class _Emitter:
@@ -124,9 +124,9 @@ class _Emitter:
         slots = sorted({i for i,_ in loads.values()} | set(stored))
         args = ['off', 'n', 'scale', *(f'a{i}' for i in slots), *(_val(r) for r in sorted(ph.reads(k)) if r >= SCALAR_REF or ph.kind(r) == 's'), *(f'q{j}' for j in sums)]
         lines = ['i = off + tl.arange(0, BLOCK)', 'm = i < n if MASKED else None']
-        for r,(i,_) in sorted(loads.items()):
+        for r,(i,new) in sorted(loads.items()):
             lines.append(f'{_val(r)} = ' + self.load(i, f'a{i} + i', ', mask=m'))
-            if r == -2: lines.append(f'if SCALED: {_val(r)} = {_val(r)}*scale') # the gradient as it came
+            if r == -2 and not new: lines.append(f'if SCALED: {_val(r)} = {_val(r)}*scale') # the gradient as it came
         lines += [self.entry(j) for j in js]
         for j in sums:
             fill = '0.0' if self.sum_(j) else "float('-inf')"
@@ -183,7 +183,7 @@ def emit_triton(
         if e.ph.moves(k): out.append(e.pass_(k))
     return '\n\n'.join(out) + '\n'
 
-# %% ../../nbs/engine/05_triton.ipynb #970f5f6d
+# %% ../../nbs/engine/05_triton.ipynb #d418b580
 def require_triton():
     "The module `triton`; `RuntimeError` that says what to do if it isn't there"
     try: import triton
@@ -213,8 +213,8 @@ def _import_text(text, mode):
     spec.loader.exec_module(mod)
     return mod
 
-TritonKernel = namedtuple('TritonKernel', 'compute stages') # dtype of the arithmetic; (kind, function) pairs in the order in which they run
-TritonKernel.__doc__ = "`compute`: dtype of the arithmetic. `stages`: (kind, function) pairs in the order in which they run: 'values' a program a tensor, 'pass' a program a chunk"
+TritonKernel = namedtuple('TritonKernel', 'compute stages ready') # dtype of the arithmetic; (kind, function) pairs in the order in which they run; what it has been compiled for
+TritonKernel.__doc__ = "`compute`: dtype of the arithmetic. `stages`: (kind, function) pairs in the order in which they run: 'values' a program a tensor, 'pass' a program a chunk. `ready`: what it has been compiled for"
 
 _kernels,_lock = {},threading.Lock()
 
@@ -226,5 +226,5 @@ def triton_kernel(
     with _lock:
         if (f := _kernels.get((tape.key, mode))) is None:
             ph,mod = TapePhases(tape),_import_text(emit_triton(tape), mode)
-            f = _kernels[tape.key, mode] = TritonKernel(ph.compute, [(kind, getattr(mod, f'{kind}{k}')) for k in range(ph.n+1) for kind,there in (('values', ph.values), ('pass', ph.moves)) if there(k)])
+            f = _kernels[tape.key, mode] = TritonKernel(ph.compute, [(kind, getattr(mod, f'{kind}{k}')) for k in range(ph.n+1) for kind,there in (('values', ph.values), ('pass', ph.moves)) if there(k)], set())
     return f
