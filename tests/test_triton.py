@@ -336,7 +336,7 @@ def test_optimizers_compile_for_cuda(tmp_path):
     res = compile_for(['cuda', 90, 32], 'optimizers', tmp_path)
     assert {k.split('.')[0].split('-')[0] for k in res}==set(NAMES)
     for k,v in res.items():
-        assert v['binary'] and not v['local'], (k, v) # registers suffice
+        assert v['binary'] and not v['local'], (k, v) # local memory in PTX; what ptxas spills shows only in the machine code
         if '.pass' in k: assert v['vector']>=2 and (v['stores'] or 'pass0' in k and k.split('-')[0] in ('lamb','larc','ranger','stableadam')), (k, v)
 
 def test_rows_compile_for_cuda(tmp_path):
