@@ -1,5 +1,6 @@
 "One kernel cache per test session, shared by its workers; one torch thread a process unless a test asks for more."
 import atexit,os,shutil,tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -20,6 +21,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = 
 
 import pytest,torch
 from fastxtend_opt.engine import fused
+from helpers import backend_of
 torch.set_num_threads(1)
 fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
 
@@ -30,9 +32,10 @@ def pytest_configure(config):
     if config.getoption('--slow'): config.option.markexpr = '' # pyproject.toml deselects them with -m 'not slow'
 
 @pytest.fixture(autouse=True)
-def triton_backend(request, monkeypatch):
+def triton_backend(request):
     "A test of mode 'triton' makes its fused optimizers with Triton"
-    if any(isinstance(v, str) and v == 'triton' for v in getattr(getattr(request.node, 'callspec', None), 'params', {}).values()): monkeypatch.setenv('FASTXTEND_OPT_FUSED_BACKEND', 'triton')
+    params = getattr(getattr(request.node, 'callspec', None), 'params', {})
+    with backend_of('triton') if any(isinstance(v, str) and v == 'triton' for v in params.values()) else nullcontext(): yield
 
 @pytest.fixture
 def threads():

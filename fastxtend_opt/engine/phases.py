@@ -9,9 +9,15 @@ from .ops import OPS
 from .tape import Tape, SCALAR_REF
 
 # %% auto #0
-__all__ = ['TapePhases']
+__all__ = ['value_name', 'TapePhases']
 
-# %% ../../nbs/engine/05_phases.ipynb #40d6f65f
+# %% ../../nbs/engine/05_phases.ipynb #c792f845
+def value_name(
+    r:int # Reference on a tape
+) -> str: # `s2` number 2, `t5` the value of entry 5, `x1` the value of slot 1
+    "What a kernel calls a value"
+    return f's{r-SCALAR_REF}' if r >= SCALAR_REF else f't{r}' if r >= 0 else f'x{-r-1}'
+
 class TapePhases:
     "Which entries of a tape are computed, and which slots stored, in which pass over memory"
     def __init__(self,
@@ -27,7 +33,7 @@ class TapePhases:
         self.n = 1 + max([*self.level, 0])
         self.at = {i:self._level(r) for i,r in tape.stores if tape.slots[i].kind=='e'} # slot -> phase of its store
         while self._postpone(): pass
-        self.work = [self._work(k) for k in range(self.n)]
+        self.work = [self._walk(k) for k in range(self.n)]
         self.scalars = [[j for j,(kind,_) in enumerate(types) if kind=='s' and self.level[j]==k] for k in range(self.n)] + [[]]
         self.scalar_stores = self._scalar_stores()
         self.places = {j:i for i,j in enumerate(j for j,(kind,_) in enumerate(types) if kind=='s')} # entry -> its column among the values of a tensor
@@ -58,7 +64,6 @@ class TapePhases:
             for i,new in self._walk(k)[1].values():
                 if not new and self.at.get(i, k) < k: self.at[i] = k; return True
         return False
-    def _work(self, k): return self._walk(k)
 
     def reads(self, k):
         "References that pass `k` reads"
