@@ -22,6 +22,10 @@ from .algorithms.larc import *
 from .algorithms.lamb import *
 from .algorithms.lookahead import *
 from .algorithms.ranger import *
+from .algorithms.adan import *
+from .algorithms.lion import *
+from .algorithms.stableadam import *
+from .algorithms.sophia import *
 from .training.schedule import *
 from .tools.plots import *
 from .tools.benchmark import *

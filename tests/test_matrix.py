@@ -173,6 +173,14 @@ def cast(o, dtype):
     if isinstance(o, (list,tuple,L)): return [cast(v, dtype) for v in o]
     return copy.deepcopy(o)
 
+SIGNS = ('lion','sophia') # the last bit of a sum, which a fused multiply-add may change, decides the direction of a step
+def as_signed(got, want, lr):
+    "`want`, with `got` at the elements (1 in 10,000 at most) that took a step of `lr` elsewhere: back, or none"
+    far = [(a.double()-b.double()).abs() for a,b in zip(got, want)]
+    off = [(d > lr/2) & (d < 5/2*lr) & (d > ulp(b)) for d,b in zip(far, want)]
+    assert sum(int(o.sum()) for o in off) <= 1e-4*sum(o.numel() for o in off)
+    return [torch.where(o, a, b) for o,a,b in zip(off, got, want)]
+
 LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
 LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if (d=='decoupled') != (t=='f16') else pytest.mark.slow)
             for n in NAMES for d in decays(n) for t in LOW]
@@ -194,7 +202,9 @@ def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
         for p,q in zip(params, twins): q.grad = p.grad.clone().float()
         twin.load_state_dict(cast(opt.state_dict(), torch.float32))
         opt.step(); twin.step()
-        assert_ulps([p.detach() for p in params], [q.detach().to(dtype) for q in twins], 1, cancel, f'step {i} params')
+        want = [q.detach().to(dtype) for q in twins]
+        if name in SIGNS: want = as_signed([p.detach() for p in params], want, LR)
+        assert_ulps([p.detach() for p in params], want, 1, cancel, f'step {i} params')
         assert_ulps(detach_copy(opt.state_dict()), cast(twin.state_dict(), dtype), 1, cancel, f'step {i}')
 
 @pytest.mark.parametrize('mode', ['foreach','jit'])
@@ -668,7 +678,8 @@ def test_inf_and_nan_grads(name, mode):
         return run_trajectory(opt_func(name, m), 8, torch.float64, poison, params=ps)
     got,ref = run(mode),run('native')
     for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], equal_nan=True, path=f'step {i}')
-    assert any(o.isnan().any() for o in ref[7]['params'])
+    spread = [s['grad_avg'] for s in ref[7]['opt']['state']] if name=='lion' else ref[7]['params'] # the sign of NaN is 0: Lion's weights stay, its average is NaN
+    assert any(o.isnan().any() for o in spread)
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)

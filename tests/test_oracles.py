@@ -36,10 +36,28 @@ REFS = {
     'lamb':    (lambda t,h,lam: R.LAMB(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='m', sqr_avg='v', step='t'),
                 [dict(mom=.9, sqr_mom=.99, eps=1e-5), dict(mom=.8, sqr_mom=.999, eps=1e-8)]),
     'ranger':  (None, dict(grad_avg='m', sqr_avg='v', step='t'),
-                [dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.), dict(mom=.9, sqr_mom=.9, eps=1e-5, k=5, alpha=.8, beta=.03)])}
+                [dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.), dict(mom=.9, sqr_mom=.9, eps=1e-5, k=5, alpha=.8, beta=.03)]),
+    'adan':    (lambda t,h,lam: R.Adan(t, 1-h['beta1'], 1-h['beta2'], 1-h['beta3'], h['eps'], lam, zero_prior=not h['paper_init']),
+                dict(grad_avg='m', diff_avg='v', sqr_avg='n', prior_grad='g_prior', step='t'),
+                [dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8, paper_init=True), dict(beta1=.9, beta2=.5, beta3=.8, eps=1e-3, paper_init=True),
+                 dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-6, paper_init=False)]),
+    'lion':    (lambda t,h,lam: R.Lion(t, h['beta1'], h['beta2'], lam), dict(grad_avg='m'), [dict(beta1=.9, beta2=.99), dict(beta1=.95, beta2=.8)]),
+    'stableadam': (lambda t,h,lam: R.StableAdamW(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='v', sqr_avg='u', step='t'),
+                [dict(mom=.9, sqr_mom=.99, eps=1e-6), dict(mom=.5, sqr_mom=.9, eps=1e-2), dict(mom=0., sqr_mom=.999, eps=1e-6)]),
+    'sophia':  (lambda t,h,lam: R.SophiaG(t, h['mom'], h['hess_mom'], h['rho'], h['eps'], lam), dict(grad_avg='exp_avg', hessian='hessian'),
+                [dict(mom=.965, hess_mom=.99, rho=.04, eps=1e-15), dict(mom=.8, hess_mom=.9, rho=.5, eps=1.)])} # with update_hessian: below
 DECAYS = {'none': dict(wd=0., decouple_wd=True), 'decoupled': dict(wd=.1, decouple_wd=True), 'L2': dict(wd=.1, decouple_wd=False)}
 FASTAI = dict(sgd='SGD', rmsprop='RMSProp', adam='Adam', radam='RAdam', qhadam='QHAdam', larc='Larc', lamb='Lamb', ranger='ranger')
 CASES = [(n,i) for n,o in REFS.items() for i in range(len(o[2]))]
+FASTAI_CASES = [(n,i) for n,i in CASES if n in FASTAI]
+SOURCES = [('fastai',*c) for c in FASTAI_CASES] + [('ours',*c) for c in CASES]
+NO_L2 = ('adan','lion','sophia') # their decay is decoupled, always
+
+def hypers_of(name, h, decay):
+    "The hypers of a case with those of a decay, or a skip"
+    if name not in NO_L2: return {**h, **DECAYS[decay]}
+    if decay=='L2': pytest.skip('no L2')
+    return {**h, 'wd': DECAYS[decay]['wd']}
 
 def ours(name, **kw):
     from fastxtend_opt.engine.registry import get_optimizer
@@ -116,17 +134,16 @@ def distance(a, b, start):
     return d/max(np.abs(y-p.detach().numpy()).max() for y,p in zip(b[-1], start))
 
 @pytest.mark.parametrize('decay', list(DECAYS))
-@pytest.mark.parametrize('name,case', CASES)
-@pytest.mark.parametrize('source', ['fastai', 'ours'])
+@pytest.mark.parametrize('source,name,case', SOURCES)
 def test_native_against_reference(source, name, case, decay):
-    h = {**REFS[name][2][case], **DECAYS[decay]}
+    h = hypers_of(name, REFS[name][2][case], decay)
     params,group,gs = problem()
     ref,objs = run_reference(name, h, params, group, gs)
     got,opt = run_fastai((theirs if source=='fastai' else ours)(name, **h), params, group, gs)
     for i,(a,b) in enumerate(zip(got, ref)): assert_same(a, b, **TOL64, path=f'step {i}')
     for j,(p,o) in enumerate(zip(params, objs)):
         for k,attr in REFS[name][1].items():
-            if k=='grad_avg' and h['mom']==0. and k not in opt.state[p]: continue # without momentum nothing is averaged
+            if k=='grad_avg' and h.get('mom')==0. and k not in opt.state[p]: continue # without momentum nothing is averaged
             assert_same(np.asarray(opt.state[p][k], dtype=np.float64), np.asarray(getattr(o, attr), dtype=np.float64), **TOL64, path=f'{k} of tensor {j}')
 
 def test_every_registered_optimizer_has_an_oracle():
@@ -135,7 +152,7 @@ def test_every_registered_optimizer_has_an_oracle():
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('decay', list(DECAYS))
-@pytest.mark.parametrize('name,case', CASES)
+@pytest.mark.parametrize('name,case', FASTAI_CASES)
 def test_ours_against_fastai(name, case, decay, dtype):
     "Native mode and fastai's own function, params and state (fastai's LARC keeps `local_lr` as a float where the clip binds)"
     h = {**REFS[name][2][case], **DECAYS[decay]}
@@ -174,12 +191,30 @@ def optimi_sgd(h):
 def optimi_ranger(h):
     import optimi
     return lambda g: optimi.Ranger(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], k=h['k'], alpha=h['alpha'], decouple_wd=h['decouple_wd'], foreach=False)
+def optimi_adan(h):
+    import optimi
+    return lambda g: optimi.Adan(g, lr=1., betas=(h['beta1'],h['beta2'],h['beta3']), eps=h['eps'], foreach=False, triton=False)
+def optimi_lion(h):
+    import optimi
+    return lambda g: optimi.Lion(g, lr=1., betas=(h['beta1'],h['beta2']), foreach=False, triton=False)
+def optimi_stableadamw(h):
+    import optimi
+    return lambda g: optimi.StableAdamW(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], foreach=False, triton=False)
 def po(name, h, **kw):
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
     return lambda g: getattr(pytorch_optimizer, name)(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=h['decouple_wd'],
                                                       foreach=False, **kw)
 def po_qhadam(h): return po('QHAdam', h, nus=(h['nu_1'],h['nu_2']))
 def po_radam(h):  return po('RAdam', h)
+def po_lion(h):
+    pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
+    return lambda g: pytorch_optimizer.Lion(g, lr=1., betas=(h['beta1'],h['beta2']), weight_decouple=True, use_gc=False, foreach=False)
+def po_adan(h):
+    pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
+    return lambda g: pytorch_optimizer.Adan(g, lr=1., betas=(h['beta1'],h['beta2'],h['beta3']), eps=h['eps'], weight_decouple=False, foreach=False)
+def po_stableadamw(h):
+    pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
+    return lambda g: pytorch_optimizer.StableAdamW(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=True)
 def po_lamb(h):   return po('Lamb', h)
 
 ADAM,QH = dict(mom=.9, sqr_mom=.99, eps=1e-5),dict(mom=.9, sqr_mom=.99, nu_1=.8, nu_2=.6, eps=1e-4)
@@ -189,16 +224,20 @@ AGREE = [('sgd', torch_sgd, dict(mom=0.), ('none','L2')), ('sgd', torch_sgd, dic
          ('rmsprop', torch_rmsprop, dict(mom=0., sqr_mom=.99, eps=1e-8), ('none','L2')),
          ('radam', optimi_radam, dict(ADAM, beta=0.), tuple(DECAYS)),
          ('ranger', optimi_ranger, dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.), tuple(DECAYS)),
-         ('qhadam', po_qhadam, QH, tuple(DECAYS))]
+         ('qhadam', po_qhadam, QH, tuple(DECAYS)),
+         *[(n, f, h, ('none','decoupled')) for n,fs,hs in [
+             ('adan', (optimi_adan,po_adan), (dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8), dict(beta1=.9, beta2=.5, beta3=.8, eps=1e-3))),
+             ('lion', (optimi_lion,po_lion), (dict(beta1=.9, beta2=.99), dict(beta1=.95, beta2=.8))),
+             ('stableadam', (optimi_stableadamw,po_stableadamw), (dict(mom=.9, sqr_mom=.99, eps=1e-6), dict(mom=.5, sqr_mom=.9, eps=1e-2)))] for f in fs for h in hs]]
+PEER_SOURCES = [('fastai',*o) for o in AGREE if o[0] in FASTAI] + [('ours',*o) for o in AGREE]
 # pytorch_optimizer's QHAdam keeps its debias weights in float32, so its float64 results are good to about 1e-7 only
 LOOSE = {po_qhadam: dict(rtol=1e-6, atol=1e-6)}
 
-@pytest.mark.parametrize('source', ['fastai', 'ours'])
-@pytest.mark.parametrize('name,peer,h,decay', [pytest.param(n, f, h, d, id=f'{f.__name__}-{"-".join(f"{k}{v}" for k,v in h.items())}-{d}')
-                                               for n,f,h,ds in AGREE for d in ds])
+@pytest.mark.parametrize('source,name,peer,h,decay', [pytest.param(s, n, f, h, d, id=f'{f.__name__}-{"-".join(f"{k}{v}" for k,v in h.items())}-{d}-{s}')
+                                                      for s,n,f,h,ds in PEER_SOURCES for d in ds])
 def test_native_against_peer(source, name, peer, h, decay):
-    h = {**h, **DECAYS[decay]}
-    late = not peer.__name__.startswith('optimi') # optimi counts a group's steps, without gradients too
+    h = hypers_of(name, h, decay)
+    late = not peer.__name__.startswith(('optimi','po_adan','po_lion','po_stable')) # they count a group's steps, without gradients too
     params,group,gs = problem(late=late)
     theirs_,mine = copy_params(params),copy_params(params)
     ref = run_torch(peer(h), theirs_, group, gs, h['wd'])
@@ -282,3 +321,41 @@ def test_lookahead_synchronises_tensors_without_grads_and_counts_steps(source):
     params[0].grad = torch.ones_like(params[0])
     opt.step()
     assert_same(params[1].detach(), slow[1]+1., rtol=1e-12)
+
+# ---------------------------------------------------------------- StableAdam's clip, Sophia's estimate
+def test_spikes_make_stableadams_clip_bind():
+    "Else the trajectories above would not tell it from Adam"
+    params,group,gs = problem()
+    _,objs = run_reference('stableadam', {**REFS['stableadam'][2][0], **DECAYS['decoupled']}, params, group, gs)
+    assert all(o.clipped>=1 for o in objs)
+    kw,ps = dict(wd=0., eps=1e-6),[copy_params(params) for _ in range(2)]
+    a,b = (run_fastai(ours(n, **kw), p, group, gs)[0] for n,p in zip(('stableadam','adam'), ps))
+    assert distance(a, b, params) > .05
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('h', [dict(mom=.965, hess_mom=.99, rho=.04, eps=1e-15, wd=.1), dict(mom=.8, hess_mom=.9, rho=.5, eps=1e-8, wd=0.)])
+@pytest.mark.parametrize('first', [0,4]) # the estimate's first update: before the first step (it makes the state), or later
+def test_sophia_with_its_estimate(mode, h, first):
+    "30 steps, the estimate updated every fourth, beside the authors' code, which keeps `hessian` without the factor bs"
+    from fastxtend_opt.algorithms.sophia import update_hessian
+    params,group,gs = problem()
+    objs = [R.SophiaG(p.detach().numpy(), h['mom'], h['hess_mom'], h['rho'], h['eps'], 0. if j==NO_DECAY else h['wd'], bs=64) for j,p in enumerate(params)]
+    opt = WithBackend(ours('sophia', **h, **flags(mode)), mode)([[p for p,o in zip(params,group) if o==k] for k in (0,1)], 1.)
+    opt.state[params[NO_DECAY]]['do_wd'] = False
+    for i,g in enumerate(gs):
+        if i>=first and i%4==0:
+            set_grads(params, [None if x is None else x*3+.1 for x in gs[(i+1)%N]])
+            held = [p.detach().clone() for p in params]
+            update_hessian(opt, bs=64)
+            assert_bitwise([p.detach() for p in params], held)
+            for o,p in zip(objs, params):
+                if p.grad is not None: o.update_hessian(p.grad.numpy())
+        set_grads(params, g)
+        opt.set_hyper('lr', lrs_at(i))
+        opt.step()
+        for o,x,k in zip(objs, g, group):
+            if x is not None: o.step(x, lrs_at(i)[k])
+        assert_same([p.detach().numpy() for p in params], [np.asarray(o.theta) for o in objs], **TOL64, path=f'step {i}')
+        sd = [opt.state[p] for p in params]
+        assert_same([s['hessian'].numpy() for s in sd if 'hessian' in s], [np.asarray(64*o.hessian) for o,s in zip(objs, sd) if 'hessian' in s], **TOL64)
+    assert sum(o.clipped for o in objs)>50 and sum(o.unclipped for o in objs)>50 # both branches of the minimum

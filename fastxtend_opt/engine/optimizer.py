@@ -348,7 +348,7 @@ class _FusedPlan(_Plan):
         if key not in self.launches: self.launches[key] = _backends[self.backends[cohorts[0]]][1]([self.tables[c] for c in cohorts])
         return self.launches[key]
 
-# %% ../../nbs/engine/07_optimizer.ipynb #564b9cc1
+# %% ../../nbs/engine/07_optimizer.ipynb #06433c04
 class FusedOptimizer(TapeOptimizer):
     "Runs its steppers as one generated kernel: one pass over memory for all parameters"
     _sort,_make_plan = staticmethod(fused_sort),_FusedPlan
@@ -403,8 +403,8 @@ class FusedOptimizer(TapeOptimizer):
         "Step all parameters that have a gradient"
         self._settle()
         scale,found = (self.__dict__.get(k) for k in ('grad_scale','found_inf'))
-        if found is not None and not self._take_amp(scale, found): return
-        try: super().step(closure, **extra)
+        try:
+            if found is None or self._take_amp(scale, found): super().step(closure, **extra)
         except BaseException: # `GradScaler` takes back what it has set only if all went well
             for k in ('grad_scale','found_inf'): self.__dict__.pop(k, None)
             raise

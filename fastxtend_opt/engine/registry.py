@@ -40,7 +40,7 @@ class Within:
         if math.isinf(self.hi): return f"{kind} {'>' if self.open_lo else '>='} {self.lo:g}"
         return f"{kind} in {'[('[self.open_lo]}{self.lo:g}, {self.hi:g}{'])'[self.open_hi]}"
 
-# %% ../../nbs/engine/08_registry.ipynb #29421dab
+# %% ../../nbs/engine/08_registry.ipynb #d5586d79
 _avg = 'It is the share of the old average that a step keeps: 0 for none, .9 to .999 as a rule.'
 hyper_ranges = dict(
     lr=Within(0, tip='Pass one number, a slice, or a list with a value a group.'),
@@ -53,7 +53,11 @@ hyper_ranges = dict(
     nu_2=Within(tip='0 is the gradient alone, 1 is Adam.'),
     trust_coeff=Within(0, open_lo=True, tip='.001 to .02 is usual.'),
     k=Within(1, whole=True, tip='It is the number of steps between two syncs of the slow weights, 5 to 10 as a rule.'),
-    alpha=Within(0, 1, open_lo=True, tip='It is the share of the way that the slow weights go, .5 to .8 as a rule.'))
+    alpha=Within(0, 1, open_lo=True, tip='It is the share of the way that the slow weights go, .5 to .8 as a rule.'),
+    beta1=Within(0, 1, open_hi=True, tip=_avg), beta2=Within(0, 1, open_hi=True, tip=_avg), beta3=Within(0, 1, open_hi=True, tip=_avg),
+    hess_mom=Within(0, 1, open_hi=True, tip=_avg),
+    rho=Within(0, open_lo=True, tip='.01 to .1 is usual: more of it means that fewer elements are clipped.'),
+    bs=Within(1, whole=True, tip='It is the number of samples, or of tokens, over which the loss was averaged.'))
 
 # %% ../../nbs/engine/08_registry.ipynb #f9dfb520
 def valid_hyper(

@@ -145,7 +145,7 @@ class MemoryLimit:
     def step(self): self.fn(self.tab.ctypes.data, self.chunks.ctypes.data, len(self.chunks), self.w, 0., torch.get_num_threads())
     def zero_grad(self): pass
 
-# %% ../../nbs/tools/benchmark.ipynb #c5314178
+# %% ../../nbs/tools/benchmark.ipynb #5c38b5c8
 class Contestant(NamedTuple):
     "Somebody who takes steps"
     lib:str # 'fastai', 'fastxtend_opt', 'torch', 'optimi', ...
@@ -187,7 +187,7 @@ def _optimi_peers(name, triton=False):
     import optimi as o
     betas = dict(betas=(.9,.99))
     cls,kw = dict(adam=(o.AdamW, betas), sgd=(o.SGD, dict(momentum=.9, decouple_wd=True)), radam=(o.RAdam, dict(decouple_wd=True, **betas)),
-                  ranger=(o.Ranger, dict(betas=(.95,.99), k=6))).get(name, (None,{}))
+                  ranger=(o.Ranger, dict(betas=(.95,.99), k=6)), adan=(o.Adan, {}), lion=(o.Lion, {}), stableadam=(o.StableAdamW, betas)).get(name, (None,{}))
     return [Contestant('optimi', m, partial(_torch_style, cls, triton=m=='triton', foreach=m=='foreach', **kw))
             for m in (('triton','foreach') if triton else ('loop','foreach')) if cls]
 

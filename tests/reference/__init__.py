@@ -11,3 +11,7 @@ from .qhadam import QHAdam
 from .larc import LARS
 from .lamb import LAMB
 from .lookahead import Lookahead,Ranger
+from .adan import Adan
+from .lion import Lion
+from .stableadam import StableAdamW
+from .sophia import SophiaG
