@@ -193,7 +193,7 @@ def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
     float32 rounding (4 * 2**-24) is more than an ulp of what is left, hence the absolute part."""
     kw,dtype,cancel = decays(name)[decay],LOW[dtype],4*2**-24
     params,stream = make_params(dtype=dtype),GradStream(1)
-    opt = opt_func(name, mode, **kw)(two_groups(params))
+    opt = opt_func(name, mode, kahan_sum=False, **kw)(two_groups(params))
     opt.state[params[2]]['do_wd'] = False
     for i in range(8):
         stream.set(params, i)
@@ -213,7 +213,7 @@ def test_low_precision_rounds_as_native(name, decay, dtype, mode):
     """foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps. torch sums a tensor in the order of
     its layout and of its shape, which these modes may flatten: for a reduction one step within an ulp of the value or of the update is asked."""
     kw,dtype = decays(name)[decay],LOW[dtype]
-    a,b = (run_trajectory(opt_func(name, m, **kw), 3, dtype, no_decay_on_some) for m in (mode,'native'))
+    a,b = (run_trajectory(opt_func(name, m, kahan_sum=False, **kw), 3, dtype, no_decay_on_some) for m in (mode,'native'))
     if ROWS[name].kind=='elementwise':
         for i in a: assert_bitwise(a[i], b[i], f'step {i}')
     else: assert_ulps(a[0], b[0], 1, torch.finfo(dtype).eps*LR)
@@ -701,7 +701,7 @@ def test_groups_and_tensors_of_different_dtypes(name, mode):
     dts = [torch.float32, torch.float64, torch.float32, torch.bfloat16]
     def run(m):
         ps = [nn.Parameter(p.detach().to(dts[j%4])) for j,p in enumerate(make_params(dtype=torch.float64, big=False))]
-        return run_trajectory(opt_func(name, m), 6, None, plain, params=ps, at=range(3 if name=='lamb' else 6))
+        return run_trajectory(opt_func(name, m, kahan_sum=False), 6, None, plain, params=ps, at=range(3 if name=='lamb' else 6))
     got,ref = run(mode),run('native')
     for i in got:
         for j,(a,b) in enumerate(zip(got[i]['params'], ref[i]['params'])):

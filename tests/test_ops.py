@@ -11,7 +11,7 @@ from fastxtend_opt.engine.fused import AddressTable, KernelLaunch, TritonLaunch
 from fastxtend_opt.engine.cohort import Cohort
 
 NUMBERS = {'pow':[1.7], 'rpow':[1.7], 'rsub':[.3], 'rdiv':[.3], 'clamp_min':[.2], 'clamp_max':[.2], 'axpy':[-.7], 'addcmul':[.7], 'addcdiv':[-.7], 'softplus':[2.,3.],
-           'full':[.7], 'lerp':[.3]}
+           'full':[.7], 'lerp':[.3], 'sround_bfloat16':[5.,6.,7.]}
 TENSORS = {'axpy':2, 'addcmul':3, 'addcdiv':3, 'lerp':2, 'expand':2, 'where':3, 'logical_and':2, 'logical_or':2, 'logical_xor':2}
 BINARY = 'add sub mul div maximum minimum copysign gt ge lt le eq ne'.split()
 POSITIVE = {'sqrt','rsqrt','log','log2','log1p','pow'}

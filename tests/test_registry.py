@@ -11,7 +11,7 @@ from torch import nn
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.engine import registry
 from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer
-from fastxtend_opt.engine.registry import (CATEGORIES, KINDS, MODES, OptimizerInfo, as_groups, factory, get_optimizer, hyper_ranges,
+from fastxtend_opt.engine.registry import (CATEGORIES, KINDS, MODES, OPTIONS, OptimizerInfo, as_groups, factory, get_optimizer, hyper_ranges,
                                            valid_hyper, list_optimizers, make_optimizer, mode_differences, pick_mode, register, take_steps)
 
 ROWS = list_optimizers()
@@ -89,8 +89,9 @@ def test_register_refuses_bad_rows(monkeypatch):
 @every
 def test_signature_order(row):
     ps = list(inspect.signature(row.func).parameters)
-    assert ps[:2]==['params','lr'] and ps[-3:]==['foreach','jit','fused']
-    assert ('decouple_wd' not in ps) if row.name in NO_L2 else ps[-4]=='decouple_wd'
+    n = len(OPTIONS)
+    assert ps[:2]==['params','lr'] and tuple(ps[-n:])==OPTIONS and OPTIONS[:3]==('foreach','jit','fused')
+    assert ('decouple_wd' not in ps) if row.name in NO_L2 else ps[-n-1]=='decouple_wd'
     common = [p for p in ps if p in ('mom','sqr_mom','eps','wd','beta','decouple_wd')]
     assert common==sorted(common, key=['mom','sqr_mom','eps','wd','beta','decouple_wd'].index)
     sig = inspect.signature(row.func).parameters

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['adam', 'Adam']
 
-# %% ../../nbs/algorithms/adam.ipynb #2d75db35
+# %% ../../nbs/algorithms/adam.ipynb #66626c83
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, adam_step
-from ..engine.registry import make_optimizer, factory, register
+from ..engine.registry import make_optimizer, factory, options, register
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/adam.ipynb #903bedd2
+# %% ../../nbs/algorithms/adam.ipynb #e288ba5e
+@options
 def Adam(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
@@ -20,13 +21,11 @@ def Adam(
     eps:float=1e-5, # Added to the root, so that no division is by 0 (ε); the paper and torch have 1e-8
     wd:float=.01, # Weight decay (λ)
     decouple_wd:bool=True, # Decay the weights themselves (AdamW), or add `wd*p` to the gradient (Adam with L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Adam, or AdamW"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step]
-    return make_optimizer(params, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/adam.ipynb #fb66f1ad
 register(Adam, title='Adam/AdamW', category='adaptive', kind='elementwise', state=('grad_avg','sqr_avg'), oracle='fastai.optimizer.Adam',

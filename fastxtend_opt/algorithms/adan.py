@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['adan', 'adan_averages', 'adan_step', 'proximal_decay', 'Adan']
 
-# %% ../../nbs/algorithms/adan.ipynb #8474191c
+# %% ../../nbs/algorithms/adan.ipynb #3e62b33b
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat
-from ..engine.registry import make_optimizer, factory, register
+from ..engine.registry import make_optimizer, factory, options, register
 
 # %% ../../nbs/algorithms/adan.ipynb #2ece1e88
 def adan_averages(
@@ -66,7 +66,8 @@ def proximal_decay(
     "Weight decay after the step, as division by `1+lr*wd`"
     if do_wd and wd!=0: p.data.div_(1+lr*wd)
 
-# %% ../../nbs/algorithms/adan.ipynb #6b634e0c
+# %% ../../nbs/algorithms/adan.ipynb #191e09e1
+@options
 def Adan(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (η), up to ten times Adam's: a number, or a slice or list for the groups
@@ -76,13 +77,11 @@ def Adan(
     eps:float=1e-8, # Added to the root, so that no division is by 0 (ε); optimi has 1e-6
     wd:float=.02, # Weight decay (λ), decoupled and proximal: after the step, the weights are divided by `1+lr*wd`
     paper_init:bool=True, # Is the first step's change of the gradient 0, as in the paper? Otherwise the gradient itself, fastxtend's default
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Adan"
     cbs = [step_stat, partial(adan_averages, paper_init=paper_init), adan_step, proximal_decay]
-    return make_optimizer(params, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, beta1=beta1, beta2=beta2, beta3=beta3, eps=eps, wd=wd)
+    return make_optimizer(params, cbs, lr=lr, beta1=beta1, beta2=beta2, beta3=beta3, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/adan.ipynb #b1284ac6
 register(Adan, title='Adan', category='adaptive', kind='elementwise', state=('grad_avg','diff_avg','sqr_avg','prior_grad'), oracle='optimi.Adan',

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['lamb', 'lamb_step', 'Lamb']
 
-# %% ../../nbs/algorithms/lamb.ipynb #f10ebbac
+# %% ../../nbs/algorithms/lamb.ipynb #24ab0be2
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, debias
-from ..engine.registry import make_optimizer, factory, register
+from ..engine.registry import make_optimizer, factory, options, register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/lamb.ipynb #6d665593
@@ -31,7 +31,8 @@ def lamb_step(
     q = torch.where((r1==0) | (r2==0), 1., (r1/r2).clamp(max=10.))
     p.data.sub_(lr*q * update)
 
-# %% ../../nbs/algorithms/lamb.ipynb #fe67c68a
+# %% ../../nbs/algorithms/lamb.ipynb #0550244e
+@options
 def Lamb(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
@@ -40,13 +41,11 @@ def Lamb(
     eps:float=1e-5, # Added to the root, so that no division is by 0 (ε); the paper has 1e-6
     wd:float=.01, # Weight decay (λ); fastai's default is 0
     decouple_wd:bool=True, # Decay the weights themselves, outside the trust ratio, or add `wd*p` to the gradient (L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "LAMB"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, lamb_step]
-    return make_optimizer(params, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/lamb.ipynb #0aa2d2ab
 register(Lamb, title='LAMB', category='adaptive', kind='reduction', state=('grad_avg','sqr_avg'), oracle='fastai.optimizer.Lamb',

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['larc', 'larc_layer_lr', 'larc_step', 'Larc']
 
-# %% ../../nbs/algorithms/larc.ipynb #d91cc3ca
+# %% ../../nbs/algorithms/larc.ipynb #04bd6e75
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad
-from ..engine.registry import make_optimizer, as_groups, in_use, factory, register
+from ..engine.registry import make_optimizer, as_groups, in_use, factory, options, register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/larc.ipynb #9dd8e5a4
@@ -39,7 +39,8 @@ def larc_step(
     "A step of `local_lr`"
     p.data.sub_(local_lr * (p.grad.data if grad_avg is None else grad_avg))
 
-# %% ../../nbs/algorithms/larc.ipynb #2c6c352f
+# %% ../../nbs/algorithms/larc.ipynb #84932501
+@options
 def Larc(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (γ): a number, or a slice or list for the groups
@@ -49,15 +50,13 @@ def Larc(
     eps:float=1e-8, # Added to the denominator of the layer's rate (ε)
     wd:float=0., # Weight decay (β)
     decouple_wd:bool=True, # Decay the weights themselves, or add `wd*p` to the gradient (L2, as in the paper)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "LARC, or with `clip=False` LARS"
     groups = as_groups(params)
     average = [average_grad] if in_use('mom', mom, groups) else []
     cbs = [decay_stepper(decouple_wd), *average, partial(larc_layer_lr, clip=clip), larc_step]
-    return make_optimizer(groups, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd)
+    return make_optimizer(groups, cbs, lr=lr, mom=mom, trust_coeff=trust_coeff, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/larc.ipynb #a254b510
 register(Larc, title='LARC/LARS', category='estimated', kind='reduction', state=('grad_avg','local_lr'), oracle='fastai.optimizer.Larc',

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['lion', 'lion_step', 'Lion']
 
-# %% ../../nbs/algorithms/lion.ipynb #14ebb0f2
+# %% ../../nbs/algorithms/lion.ipynb #67db56ea
 import torch
 from fastai.optimizer import Optimizer, weight_decay
-from ..engine.registry import make_optimizer, factory, register
+from ..engine.registry import make_optimizer, factory, options, register
 
 # %% ../../nbs/algorithms/lion.ipynb #ae0938a3
 def lion_step(
@@ -26,19 +26,18 @@ def lion_step(
     grad_avg.mul_(beta2).add_(p.grad.data, alpha=1-beta2)
     return {'grad_avg': grad_avg}
 
-# %% ../../nbs/algorithms/lion.ipynb #5b462f30
+# %% ../../nbs/algorithms/lion.ipynb #adaf2cde
+@options
 def Lion(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (η), 3 to 10 times less than Adam's: a number, or a slice or list for the groups
     beta1:float=.9, # Share of the average in the direction of a step (β1), in [0, 1)
     beta2:float=.99, # Moving average coefficient of the gradient (β2), in [0, 1)
     wd:float=.1, # Weight decay (λ), decoupled, 3 to 10 times Adam's; the ports have 0
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Lion"
-    return make_optimizer(params, [weight_decay, lion_step], foreach=foreach, jit=jit, fused=fused, lr=lr, beta1=beta1, beta2=beta2, wd=wd)
+    return make_optimizer(params, [weight_decay, lion_step], lr=lr, beta1=beta1, beta2=beta2, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/lion.ipynb #368238d3
 register(Lion, title='Lion', category='fixed', kind='elementwise', state=('grad_avg',), oracle='optimi.Lion',

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['slow_weights', 'lookahead_step', 'Lookahead']
 
-# %% ../../nbs/algorithms/lookahead.ipynb #ae2c2151
+# %% ../../nbs/algorithms/lookahead.ipynb #3e15f130
 import torch
 from torch import Tensor
 from fastcore.all import L, patch
 from fastai.optimizer import Optimizer, Lookahead as _FastaiLookahead
-from ..engine.optimizer import TapeOptimizer
+from ..engine.optimizer import NativeOptimizer, TapeOptimizer
 from ..engine.registry import valid_hyper
 
 # %% ../../nbs/algorithms/lookahead.ipynb #30e2a4f8
@@ -35,7 +35,7 @@ def lookahead_step(
         slow_p.add_(p.data-slow_p, alpha=la_alpha)
         p.data.copy_(slow_p)
 
-# %% ../../nbs/algorithms/lookahead.ipynb #25a21b1d
+# %% ../../nbs/algorithms/lookahead.ipynb #f9bbb746
 class Lookahead(_FastaiLookahead):
     "Lookahead (2019, arXiv 1907.08610) round any optimizer: fastai's own, one of the engines, or a wrapped torch optimizer"
     def __init__(self,
@@ -49,7 +49,7 @@ class Lookahead(_FastaiLookahead):
     @property
     def one_pass(self):
         "Is the wrapped optimizer an engine, whose step does it all?"
-        return isinstance(self.opt, TapeOptimizer)
+        return isinstance(self.opt, (TapeOptimizer, NativeOptimizer)) # a step in low precision has to know of all that changes a parameter
 
     _step_supports_amp_scaling = False # `GradScaler` unscales and decides before `step`: the count of steps must not go up in one that is skipped
 
@@ -79,6 +79,7 @@ class Lookahead(_FastaiLookahead):
             if p.grad is not None: continue
             slow_p = self.opt.state[p].setdefault('slow_p', p.detach().clone())
             lookahead_step(p, slow_p, la_sync=True, la_alpha=self.alpha)
+            if (comp := self.opt.state[p].get('kahan_comp')) is not None: comp.zero_() # the weight is what was just written
 
     def _init_state(self):
         self.count,self._slow,self._started = 0,None,False

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['qhadam', 'QHAdam']
 
-# %% ../../nbs/algorithms/qhadam.ipynb #7e4effcb
+# %% ../../nbs/algorithms/qhadam.ipynb #cffdbe12
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, qhadam_step
-from ..engine.registry import make_optimizer, factory, register
+from ..engine.registry import make_optimizer, factory, options, register
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/qhadam.ipynb #3bae0c61
+# %% ../../nbs/algorithms/qhadam.ipynb #c99458f7
+@options
 def QHAdam(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
@@ -22,14 +23,11 @@ def QHAdam(
     eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Decay the weights themselves (QHAdamW), or add `wd*p` to the gradient (L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "QHAdam, or QHAdamW"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, qhadam_step]
-    return make_optimizer(params, cbs, foreach=foreach, jit=jit, fused=fused,
-                          lr=lr, mom=mom, sqr_mom=sqr_mom, nu_1=nu_1, nu_2=nu_2, eps=eps, wd=wd)
+    return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, nu_1=nu_1, nu_2=nu_2, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/qhadam.ipynb #99afda29
 register(QHAdam, title='QHAdam', category='adaptive', kind='elementwise', state=('grad_avg','sqr_avg'), oracle='fastai.optimizer.QHAdam',

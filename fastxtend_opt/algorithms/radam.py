@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['radam', 'RAdam']
 
-# %% ../../nbs/algorithms/radam.ipynb #b1f8389d
+# %% ../../nbs/algorithms/radam.ipynb #e91c87df
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, radam_step
-from ..engine.registry import make_optimizer, factory, register
+from ..engine.registry import make_optimizer, factory, options, register
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/radam.ipynb #772b2a85
+# %% ../../nbs/algorithms/radam.ipynb #bf20ebaa
+@options
 def RAdam(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
@@ -21,13 +22,11 @@ def RAdam(
     wd:float=0., # Weight decay (λ)
     beta:float=0., # Sharpness of SAdam's softplus (β); 0 is RAdam without it
     decouple_wd:bool=True, # Decay the weights themselves (RAdamW), or add `wd*p` to the gradient (L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "RAdam, or with `beta` SAdam"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, radam_step]
-    return make_optimizer(params, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta)
+    return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, **kwargs)
 
 # %% ../../nbs/algorithms/radam.ipynb #28f5ab70
 register(RAdam, title='RAdam', category='adaptive', kind='elementwise', state=('grad_avg','sqr_avg'), oracle='fastai.optimizer.RAdam',

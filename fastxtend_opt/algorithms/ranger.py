@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['ranger', 'Ranger']
 
-# %% ../../nbs/algorithms/ranger.ipynb #daea4ca2
-from ..engine.registry import valid_hyper, factory, register
+# %% ../../nbs/algorithms/ranger.ipynb #3096c643
+from ..engine.registry import valid_hyper, factory, options, register
 from .radam import RAdam
 from .lookahead import Lookahead
 
-# %% ../../nbs/algorithms/ranger.ipynb #fe96cb76
+# %% ../../nbs/algorithms/ranger.ipynb #6a675bcd
+@options
 def Ranger(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate: a number, or a slice or list for the groups
@@ -22,14 +23,11 @@ def Ranger(
     alpha:float=.5, # How far the slow weights go towards the fast ones (α), in (0, 1]
     beta:float=0., # Sharpness of SAdam's softplus (β); 0 is RAdam without it
     decouple_wd:bool=True, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Lookahead:
     "Ranger: `Lookahead` round `RAdam`"
     k,alpha = valid_hyper('k', k),valid_hyper('alpha', alpha)
-    opt = RAdam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd,
-                foreach=foreach, jit=jit, fused=fused)
+    opt = RAdam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd, **kwargs)
     return Lookahead(opt, k=k, alpha=alpha)
 
 # %% ../../nbs/algorithms/ranger.ipynb #e8a376c1

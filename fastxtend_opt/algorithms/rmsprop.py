@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['rmsprop', 'RMSProp']
 
-# %% ../../nbs/algorithms/rmsprop.ipynb #df334025
+# %% ../../nbs/algorithms/rmsprop.ipynb #676e614d
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, rms_prop_step
-from ..engine.registry import make_optimizer, as_groups, in_use, factory, register
+from ..engine.registry import make_optimizer, as_groups, in_use, factory, options, register
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/rmsprop.ipynb #94585b3e
+# %% ../../nbs/algorithms/rmsprop.ipynb #28bc1ffd
+@options
 def RMSProp(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
@@ -19,15 +20,13 @@ def RMSProp(
     eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Decay the weights themselves (RMSPropW), or add `wd*p` to the gradient (L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "RMSProp, with or without momentum"
     groups = as_groups(params)
     averages = [average_grad, average_sqr_grad] if in_use('mom', mom, groups) else [average_sqr_grad]
     cbs = [decay_stepper(decouple_wd), *averages, rms_prop_step]
-    return make_optimizer(groups, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return make_optimizer(groups, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/rmsprop.ipynb #8f4c86f3
 register(RMSProp, title='RMSProp', category='current', kind='elementwise', state=('grad_avg','sqr_avg'), oracle='fastai.optimizer.RMSProp',

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['sgd', 'decay_stepper', 'SGD']
 
-# %% ../../nbs/algorithms/sgd.ipynb #c7faa3b5
+# %% ../../nbs/algorithms/sgd.ipynb #ae2b8f43
 from fastai.optimizer import Optimizer, weight_decay, l2_reg, average_grad, sgd_step, momentum_step
-from ..engine.registry import make_optimizer, as_groups, in_use, factory, register
+from ..engine.registry import make_optimizer, as_groups, in_use, factory, options, register
 
 # %% ../../nbs/algorithms/sgd.ipynb #b45ba550
 def decay_stepper(
@@ -16,22 +16,21 @@ def decay_stepper(
     "The stepper that decays the weights"
     return weight_decay if decouple_wd else l2_reg
 
-# %% ../../nbs/algorithms/sgd.ipynb #f9ac295d
+# %% ../../nbs/algorithms/sgd.ipynb #86de46ed
+@options
 def SGD(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
     mom:float=0., # Share of the sum of past gradients that a step keeps (μ), in [0, 1); 0 keeps no state
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Decay the weights themselves (SGDW), or add `wd*p` to the gradient (L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "SGD, or SGD with momentum"
     groups = as_groups(params)
     moving = in_use('mom', mom, groups)
     cbs = [decay_stepper(decouple_wd)] + ([average_grad, momentum_step] if moving else [sgd_step])
-    return make_optimizer(groups, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, wd=wd)
+    return make_optimizer(groups, cbs, lr=lr, mom=mom, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/sgd.ipynb #d134d910
 register(SGD, title='SGD', category='fixed', kind='elementwise', state=('grad_avg',), oracle='fastai.optimizer.SGD',

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sophia', 'sophia_step', 'average_hessian', 'update_hessian', 'Sophia']
 
-# %% ../../nbs/algorithms/sophia.ipynb #efffe5e7
+# %% ../../nbs/algorithms/sophia.ipynb #3b34068d
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, weight_decay
-from ..engine.registry import make_optimizer, factory, register, valid_hyper
+from ..engine.registry import make_optimizer, factory, options, register, valid_hyper
 
 # %% ../../nbs/algorithms/sophia.ipynb #d1d1087e
 def sophia_step(
@@ -55,7 +55,8 @@ def update_hessian(
         new = average_hessian(p, **{**state, **hyper, 'bs':bs})
         if 'hessian' not in state: opt.state[p] = {**state, **new}
 
-# %% ../../nbs/algorithms/sophia.ipynb #5fd962e8
+# %% ../../nbs/algorithms/sophia.ipynb #5261df70
+@options
 def Sophia(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (η), the largest change of a weight in a step: a number, or a slice or list for the groups
@@ -64,13 +65,11 @@ def Sophia(
     rho:float=.04, # Factor of the curvature (ρ, γ in the paper), above 0: the larger, the fewer elements move by `lr`
     eps:float=1e-15, # Added to the divisor, so that no division is by 0 (ε)
     wd:float=.1, # Weight decay (λ), decoupled
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Sophia, with the Gauss-Newton-Bartlett estimate (SophiaG); call `update_hessian` every ten steps or so"
     cbs = [weight_decay, partial(average_grad, dampening=True), sophia_step]
-    return make_optimizer(params, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, hess_mom=hess_mom, rho=rho, eps=eps, wd=wd)
+    return make_optimizer(params, cbs, lr=lr, mom=mom, hess_mom=hess_mom, rho=rho, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/sophia.ipynb #f46917dc
 register(Sophia, title='Sophia', category='estimated', kind='elementwise', state=('grad_avg','hessian'), oracle='reference.SophiaG', # tests/reference

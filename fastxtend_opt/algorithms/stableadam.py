@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['stableadam', 'StableAdamW', 'debiased_mom', 'debiased_averages', 'stableadam_step', 'StableAdam']
 
-# %% ../../nbs/algorithms/stableadam.ipynb #1938adb7
+# %% ../../nbs/algorithms/stableadam.ipynb #cccd9ee3
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, l2_reg
-from ..engine.registry import make_optimizer, factory, register
+from ..engine.registry import make_optimizer, factory, options, register
 
 # %% ../../nbs/algorithms/stableadam.ipynb #795a5f96
 def debiased_mom(
@@ -52,7 +52,8 @@ def stableadam_step(
     if decouple_wd and do_wd and wd!=0: p.data.mul_(1-eta*wd)
     p.data.sub_(eta * (grad_avg/(root+eps)))
 
-# %% ../../nbs/algorithms/stableadam.ipynb #77d491b1
+# %% ../../nbs/algorithms/stableadam.ipynb #123d54fd
+@options
 def StableAdam(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
@@ -61,13 +62,11 @@ def StableAdam(
     eps:float=1e-6, # Added to the root, and least root where the gradient is judged (ε)
     wd:float=.01, # Weight decay (λ)
     decouple_wd:bool=True, # Decay the weights themselves, by the clipped rate (StableAdamW), or add `wd*p` to the gradient (L2)?
-    foreach:bool=False, # Run on lists of tensors, by `torch._foreach_*`?
-    jit:bool=False, # Run as TorchScript, a parameter at a time?
-    fused:bool=False # Run as one kernel over all parameters?
+    **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "StableAdam, or StableAdamW"
     cbs = ([] if decouple_wd else [l2_reg]) + [step_stat, debiased_averages, partial(stableadam_step, decouple_wd=decouple_wd)]
-    return make_optimizer(params, cbs, foreach=foreach, jit=jit, fused=fused, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd)
+    return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/stableadam.ipynb #1a939ec8
 register(StableAdam, title='StableAdam/StableAdamW', category='adaptive', kind='reduction', state=('grad_avg','sqr_avg'), oracle='optimi.StableAdamW',

@@ -14,7 +14,7 @@ from .build import load_library
 # %% auto #0
 __all__ = ['emit_cpp', 'kernel_threads', 'cpp_kernel']
 
-# %% ../../nbs/engine/05_cpp.ipynb #ebcd8ddc
+# %% ../../nbs/engine/05_cpp.ipynb #21fba288
 _prelude = '''#include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -37,6 +37,18 @@ static inline float ld(f16 h) { return float(h); }
 static inline void st(f16& h, float f) { h = f16(f); }
 static inline void st(f16& h, double f) { h = f16(float(f)); }
 #endif
+static inline float round_bf16(float x) { bf16 h; st(h, x); return ld(h); }
+#if defined(__FLT16_MANT_DIG__) || defined(__F16C__) || defined(__ARM_FP16_FORMAT_IEEE)
+static inline float round_f16(float x) { f16 h; st(h, x); return ld(h); }
+#endif
+static inline float sround_bf16(float x, uint32_t place, double seed, double step, double salt) { // as `sround_bfloat16` in engine.ops
+    const uint32_t key = (uint32_t(seed)*0x9E3779B1u + uint32_t(step))*0x85EBCA6Bu + uint32_t(salt);
+    uint32_t h = (place*0x9E3779B1u) ^ key;
+    h ^= h >> 16; h *= 0x85EBCA6Bu; h ^= h >> 13; h *= 0xC2B2AE35u; h ^= h >> 16;
+    uint32_t u; std::memcpy(&u, &x, 4);
+    const uint32_t r = (u & 0x7f800000u) == 0x7f800000u ? u : (u + (h & 0xffffu)) & 0xffff0000u;
+    float f; std::memcpy(&f, &r, 4); return f;
+}
 static inline float ld(float x) { return x; }
 static inline double ld(double x) { return x; }
 static inline void st(float& h, double f) { h = float(f); }
@@ -60,7 +72,7 @@ template<class F> static void each(int threads, i64 n, F f) {
 
 _ctype = {torch.float32:'float', torch.float64:'double', torch.bfloat16:'bf16', torch.float16:'f16'}
 
-# %% ../../nbs/engine/05_cpp.ipynb #fbba8d4a
+# %% ../../nbs/engine/05_cpp.ipynb #4496a6bd
 def emit_cpp(
     tape:Tape # What to do
 ) -> str: # C++ source with one exported function, `run`
@@ -108,6 +120,7 @@ def _emit_pass(tape, ph, k):
             if any(_inverse(tape, j) and tape.ops[j][2]==r for j in js): head.append(f'const CT i{val(r)} = CT(1.0/S[{r-SCALAR_REF}]);')
         elif r >= 0 and ph.kind(r)=='s': head.append(f'const CT {val(r)} = CT(V[{ph.places[r]}]);')
         elif r < 0 and ph.kind(r)=='s': head.append(f'const CT {val(r)} = ld(*({_ctype[slots[-r-1].dtype]}*)T[{-r-1}]);')
+    if any(tape.ops[j][0] == 'sround_bfloat16' for j in js): load.append('const i64 idx = first + i;')
     body = load + [f"const {'bool' if tape.types[j][1] is torch.bool else 'CT'} t{j} = {_expr(tape, j, val, inverse=True)};" for j in js]
     body += [f'st(a{i}[i], CT({val(r)}));' for i,r in stored.items()]
     lines = [f'static void pass{k}(const i64* T, i64 first, i64 n, const double* S, const double* V, double* P) {{'] + ['    '+l for l in head]

@@ -68,7 +68,7 @@ def _run(prog, nbuf, tensors, scalars):
         else: env[dst] = OPS[op].foreach(*xs)
         for b in free: env[b] = None
 
-# %% ../../nbs/engine/03_foreach.ipynb #76aa9090
+# %% ../../nbs/engine/03_foreach.ipynb #38f17177
 def _batches(tape, tensors, whole):
     "Lists of tensors that fit a cache, together all of `tensors`"
     batch,size = [],0
@@ -92,6 +92,6 @@ def run_foreach(
     "Do what `tape` says to all `tensors`, in place"
     prog,nbuf = _program(tape)
     if one_by_one: parts = ([[t] for t in ts] for ts in zip(*tensors))
-    elif tape.device.type == 'cpu': parts = _batches(tape, tensors, any(k == 's' for k,_ in tape.types) or any(s.kind == 's' for s in tape.slots))
+    elif tape.device.type == 'cpu': parts = _batches(tape, tensors, any(k == 's' for k,_ in tape.types) or any(s.kind == 's' for s in tape.slots) or any(o[0] == 'sround_bfloat16' for o in tape.ops))
     else: parts = [tensors]
     for part in parts: _run(prog, nbuf, part, tape.scalars)

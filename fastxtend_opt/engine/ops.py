@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 # %% auto #0
-__all__ = ['OPS', 'Op', 'add_op']
+__all__ = ['OPS', 'SROUND_SOURCE', 'sround_bfloat16', 'Op', 'add_op']
 
 # %% ../../nbs/engine/00_ops.ipynb #cf77dee2
 @dataclass(frozen=True)
@@ -118,11 +118,31 @@ add_op('isnan', torch.isnan, '({0}!={0})', triton='({0} != {0})', boolean=True)
 add_op('isfinite', torch.isfinite, '(({0}-{0})==CT(0))', triton='(({0} - {0}) == 0)', boolean=True)
 add_op('where', torch.where, '({0}?{1}:{2})', triton='tl.where({0} != 0, {1}, {2})', nargs=3)
 
-# %% ../../nbs/engine/00_ops.ipynb #490d47cd
+# %% ../../nbs/engine/00_ops.ipynb #416099d3
 add_op('full', torch.full_like, '{1}', 'torch.full_like({0}, {1})', nargs=2)
 add_op('expand', lambda x,y: torch.empty_like(x).copy_(y), '{1}', 'torch.empty_like({0}).copy_({1})', nargs=2)
-for _n in 'float16 bfloat16 float32 float64'.split():
-    add_op(f'to_{_n}', lambda x,dt=getattr(torch,_n): x.to(dt), 'CT({0})', '{0}.to(torch.%s)'%_n, triton='{0}')
+for _n,_cpp,_tri in (('float16','CT(round_f16({0}))','round_f16({0})'), ('bfloat16','CT(round_bf16({0}))','round_bf16({0})'), ('float32','CT(float({0}))','{0}.to(tl.float32)'), ('float64','CT({0})','{0}')):
+    add_op(f'to_{_n}', lambda x,dt=getattr(torch,_n): x.to(dt), _cpp, '{0}.to(torch.%s)'%_n, triton=_tri)
+
+# %% ../../nbs/engine/00_ops.ipynb #5a6c362f
+SROUND_SOURCE = '''def sround_bfloat16(x: Tensor, seed: float, step: float, salt: float) -> Tensor:
+    h = torch.empty_like(x, dtype=torch.int64)
+    torch.as_strided(h, [h.numel()], [1]).copy_(torch.arange(h.numel(), device=x.device)) # place in memory
+    key = (((int(seed)*2654435761 + int(step)) & 4294967295)*2246822507 + int(salt)) & 4294967295
+    h.mul_(2654435761).bitwise_and_(4294967295).bitwise_xor_(key)
+    h.bitwise_xor_(h >> 16).mul_(2246822507).bitwise_and_(4294967295)
+    h.bitwise_xor_(h >> 13).mul_(3266489909).bitwise_and_(4294967295)
+    h.bitwise_xor_(h >> 16).bitwise_and_(65535)
+    f = x.to(torch.float32)
+    m,e = torch.frexp(torch.where(torch.isfinite(f), f, 0.))
+    q = ((m.abs()*16777216.).to(torch.int64) + h).bitwise_and_(-65536) # 24 bits of the number, of which bfloat16 keeps 8
+    r = torch.ldexp(torch.ldexp(torch.copysign(q.to(torch.float32), f), torch.full_like(e, -24)), e)
+    return torch.where(torch.isfinite(f), r, f).to(torch.bfloat16)
+'''
+_names = dict(torch=torch, Tensor=torch.Tensor)
+exec(SROUND_SOURCE, _names)
+sround_bfloat16 = _names['sround_bfloat16']
+add_op('sround_bfloat16', sround_bfloat16, 'CT(sround_bf16({0}, uint32_t(idx), {1}, {2}, {3}))', 'sround_bfloat16({0}, {1}, {2}, {3})', triton='sround_bf16({0}, idx, {1}, {2}, {3})', nargs=4)
 
 # %% ../../nbs/engine/00_ops.ipynb #4fdac073
 add_op('sum', torch.sum, '{0}', reduce='sum', finish='{0}')

@@ -15,7 +15,7 @@ from .build import cache_folder
 # %% auto #0
 __all__ = ['TritonKernel', 'emit_triton', 'require_triton', 'triton_interpreted', 'triton_kernel']
 
-# %% ../../nbs/engine/05_triton.ipynb #e077ae17
+# %% ../../nbs/engine/05_triton.ipynb #62e117d5
 _prelude = '''import triton
 import triton.language as tl
 
@@ -45,6 +45,23 @@ def bf16_bits(x):
     return tl.where((u & 0x7fffffff) > 0x7f800000, (r & 0) | 0x7fc0, r).to(tl.uint16)
 
 @inner
+def round_bf16(x): return (bf16_bits(x).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+@inner
+def round_f16(x): return x.to(tl.float32).to(tl.float16).to(tl.float32)
+
+@inner
+def sround_bf16(x, idx, seed, step, salt):
+    key = (seed.to(tl.uint32)*0x9E3779B1 + step.to(tl.uint32))*0x85EBCA6B + salt.to(tl.uint32)
+    h = (idx.to(tl.uint32)*0x9E3779B1) ^ key
+    h = (h ^ (h >> 16))*0x85EBCA6B
+    h = (h ^ (h >> 13))*0xC2B2AE35
+    h = h ^ (h >> 16)
+    f = x.to(tl.float32)
+    r = ((f.to(tl.uint32, bitcast=True) + (h & 0xffff)) & 0xffff0000).to(tl.float32, bitcast=True)
+    return tl.where((f - f) == 0, r, f)
+
+@inner
 def nan_max(q):
     n = tl.sum((q != q).to(tl.int32), 0)
     return tl.where(n > 0, float('nan'), tl.max(q, 0))
@@ -63,7 +80,7 @@ def sqrt(x): return tl.sqrt(x)'''}
 
 _pointer = {torch.float32:'tl.float32', torch.float64:'tl.float64', torch.float16:'tl.float16', torch.bfloat16:'tl.uint16'}
 
-# %% ../../nbs/engine/05_triton.ipynb #12f5a1e9
+# %% ../../nbs/engine/05_triton.ipynb #d2521160
 class _Emitter:
     "The texts of one tape"
     def __init__(self, tape):
@@ -121,11 +138,12 @@ class _Emitter:
         js,loads = ph.work[k]
         stored,sums = ph.stored(k),ph.sums(k)
         slots = sorted({i for i,_ in loads.values()} | set(stored))
-        args = ['off', 'n', 'scale', *(f'a{i}' for i in slots), *(_val(r) for r in sorted(ph.reads(k)) if r >= SCALAR_REF or ph.kind(r) == 's'), *(f'q{j}' for j in sums)]
+        args = ['off', 'n', 'start', 'scale', *(f'a{i}' for i in slots), *(_val(r) for r in sorted(ph.reads(k)) if r >= SCALAR_REF or ph.kind(r) == 's'), *(f'q{j}' for j in sums)]
         lines = ['i = off + tl.arange(0, BLOCK)', 'm = i < n if MASKED else None']
         for r,(i,new) in sorted(loads.items()):
             lines.append(f'{_val(r)} = ' + self.load(i, f'a{i} + i', ', mask=m'))
             if r == -2 and not new: lines.append(f'if SCALED: {_val(r)} = {_val(r)}*scale') # the gradient as it came
+        if any(self.tape.ops[j][0] == 'sround_bfloat16' for j in js): lines.append('idx = start + i')
         lines += [self.entry(j) for j in js]
         for j in sums:
             lines += self.gather(j, f'tl.where(m, {self.expr(j)}, {self.nothing(j)}) if MASKED else {self.expr(j)}')
