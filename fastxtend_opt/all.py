@@ -27,5 +27,9 @@ from .algorithms.lion import *
 from .algorithms.stableadam import *
 from .algorithms.sophia import *
 from .training.schedule import *
+from .training.decoupled_decay import *
+from .training.low_precision import *
+from .training.gradient_release import *
+from .training.optimizer_accumulation import *
 from .tools.plots import *
 from .tools.benchmark import *

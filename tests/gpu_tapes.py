@@ -13,8 +13,8 @@ def optimizer_tape(name, dtype):
     opt = get_optimizer(name).func([p], lr=.01, wd=.01, foreach=True)
     inner = getattr(opt, 'opt', opt)
     tapes,real = [],TapeOptimizer._trace
-    def trace(self, extra):
-        work = real(self, extra)
+    def trace(self, *args):
+        work = real(self, *args)
         tapes[:] = [t for _,t,_ in work]
         return work
     inner._trace = trace.__get__(inner)

@@ -108,7 +108,7 @@ def test_solo_and_wide_groups(threads):
         ps,qs,a,b = pair(FusedOptimizer, [chained], shapes, lr=.1)
         run(ps, qs, a, b, n=2)
         launch, = b._plan.launches.values()
-        solo,wide = launch.groups[threads]
+        solo,wide = launch.groups[threads][0]
         rows = sorted([*solo.tolist(), *wide.tolist()])
         assert len(wide) == (1 if threads == 1 else 3) and len(solo) > 2
         assert rows[0][:2] == [0,0] and rows[-1][2:] == [len(shapes), len(launch.chunks)] and all(x[2:] == y[:2] for x,y in zip(rows, rows[1:]))

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.engine import registry
-from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer
+from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, TapeOptimizer
 from fastxtend_opt.engine.registry import (CATEGORIES, KINDS, MODES, OPTIONS, OptimizerInfo, as_groups, factory, get_optimizer, hyper_ranges,
                                            valid_hyper, list_optimizers, make_optimizer, mode_differences, pick_mode, register, take_steps)
 
@@ -171,7 +171,9 @@ def test_two_flags(row, on):
 def test_pick_mode(): assert [pick_mode(), *(pick_mode(**{m:True}) for m in FLAGS)]==list(MODES)
 
 @every
-def test_no_flag_is_fastais_own_optimizer(row): assert type(inner(row.func(params(), .1))) is Optimizer
+def test_no_flag_steps_as_fastais_optimizer(row):
+    opt = inner(row.func(params(), .1))
+    assert type(opt) is NativeOptimizer and isinstance(opt, Optimizer) and not isinstance(opt, TapeOptimizer)
 
 @pytest.mark.parametrize('mode', FLAGS)
 @every

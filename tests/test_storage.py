@@ -97,54 +97,80 @@ def test_float32_and_float64_parameters_are_as_ever(mode):
     for p,q in zip(ps[::2], twin): assert_same(p.detach(), q.detach(), **TOL[p.dtype])
 
 # ---------------------------------------------------------------- what it is for
-def drift(opt_of, dtype, n=2000, size=2112):
-    "Weights of 1 to 2 that drift towards targets far off, at a rate far below a bfloat16 step: the way they go, and where they end"
+WDS = (0.,.1)
+
+def drift(opt_func, dtype, lr=1e-4, n=2000, size=2112):
+    """Weights of 1 to 2 that drift towards targets far off, at a rate far below a bfloat16 step, without and with weight decay: where they start and end,
+    the weights themselves (what is seen) and with their compensation (what is kept)"""
     gen = torch.Generator().manual_seed(0)
     start = (torch.rand(size, generator=gen, dtype=torch.float64)+1).to(torch.bfloat16).double()
     target = start + torch.randn(size, generator=gen, dtype=torch.float64)
-    p = nn.Parameter(start.to(dtype).clone())
-    opt = opt_of([p])
+    ps = [nn.Parameter(start.to(dtype, copy=True)) for _ in WDS]
+    opt = opt_func([[p] for p in ps], lr=lr)
     for _ in range(n):
-        p.grad = (p.detach().double()-target).to(dtype)
+        for p in ps: p.grad = (p.detach().double()-target).to(dtype)
         opt.step()
-    comp = opt.state[p].get('kahan_comp')
-    return start,p.detach().double(),p.detach().double() + (0 if comp is None else comp.double())
+    comps = [opt.state[p].get('kahan_comp') for p in ps]
+    return start,torch.stack([p.detach().double() for p in ps]),torch.stack([p.detach().double() + (0 if c is None else c.double()) for p,c in zip(ps, comps)])
 
-def rate(opt_of): # lr 1e-4, as in the figures
-    def _inner(ps):
-        opt = opt_of(ps)
-        opt.set_hyper('lr', 1e-4)
-        return opt
-    return _inner
+def off(run, ref):
+    "Distance to where `ref` ends, as a share of its way: what is seen and what is kept, for each weight decay"
+    start,end,_ = ref
+    return [((o-end).abs().mean(1)/(end-start).abs().mean(1)).tolist() for o in run[1:]]
 
-@pytest.mark.parametrize('wd', [0., .1])
-@pytest.mark.parametrize('name', ['adam','radam','qhadam','rmsprop'])
-def test_kahan_follows_float64(name, wd):
-    """Weight and compensation within 2% of the way, where plain bfloat16 hardly moves; what is seen of it, the bfloat16 weight, is off by its own rounding
-    beside (a quarter of a step on average, .001 to .002 here, of a way of .1 to .2)"""
-    kw = dict(wd=wd, eps=1e-6)
-    start,ref,_ = drift(rate(lambda ps: of(name, 'native', ps, eo.Storage(kahan_sum=False), **kw)), torch.float64)
-    way = (ref-start).abs().mean()
-    for mode in ('fused','foreach'):
-        def off(storage):
-            _,seen,kept = drift(rate(lambda ps: of(name, mode, ps, storage, **kw)), torch.bfloat16)
-            return [((o-ref).abs().mean()/way).item() for o in (seen,kept)]
-        for storage,most in ((eo.Storage(), .02), (eo.Storage(state_dtype=torch.float32), .021)): # what is left is the gradient's own rounding
-            seen,kept = off(storage)
-            assert kept < most and seen < .03, (seen, kept)
-        assert off(eo.Storage(kahan_sum=False))[0] > .5
+CASES = {**{o.name: (o.name, {}) for o in list_optimizers()}, 'sgd_mom': ('sgd', dict(mom=.9))}
+LRS = dict(larc=3e-3) # a step of LARC is lr times .02 times a ratio of norms, here about 1
+SIGNS = {'lion','sophia'} # a step of lr whatever the gradient (Sophia, until it has an estimate of the curvature)
+_float64 = {}
 
-@pytest.mark.parametrize('wd', [0., .1])
-def test_closer_than_optimi(wd):
-    "optimi adds the update to the compensation and decays the rounded weight: the decay is lost"
+def case(name, **kw):
+    row,hypers = CASES[name]
+    lr = LRS.get(row, 1e-4)
+    if name not in _float64: _float64[name] = drift(get_optimizer(row).factory(wd=list(WDS), **hypers), torch.float64, lr)
+    return off(drift(WithBackend(get_optimizer(row).factory(wd=list(WDS), **hypers, **kw), 'fused'), torch.bfloat16, lr, n=300 if kw.get('kahan_sum') is False else 2000), _float64[name])
+
+@pytest.mark.parametrize('name', CASES)
+def test_kahan_follows_float64(name, request):
+    """Weight and compensation within 2% of the way (2.5% for steps by a sign), where plain bfloat16 does not move at all; what is seen of it, the bfloat16 weight, is off by
+    its own rounding beside (a quarter of a step on average, .002 here, of a way of .15 to .8)"""
+    if name=='ranger': request.applymarker(pytest.mark.xfail(strict=True, reason='17% off: the slow weights are bfloat16 state that goes back into the weights, and so does its stochastic rounding'))
+    assert case(name, kahan_sum=False, fused=True)[0] == [1.,1.] # after 300 steps all weights are where they were
+    seen,kept = case(name, fused=True)
+    assert max(kept) < (.025 if name in SIGNS else .02) and max(seen) < .025, (seen, kept)
+
+def test_ranger_with_float32_state_follows_float64():
+    seen,kept = case('ranger', state_dtype=torch.float32, fused=True)
+    assert max(kept) < .02 and max(seen) < .03, (seen, kept) # half the way of the others, so that the rounding of what is seen counts twice
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kw', [dict(foreach=True), dict(jit=True), {}, dict(state_dtype=torch.float32, fused=True), dict(state_dtype=torch.float32, foreach=True)], ids=str)
+@pytest.mark.parametrize('name', CASES)
+def test_kahan_follows_float64_in_each_mode(name, kw):
+    "float32 state: within 2.5%, as the compensation's own rounding to the nearest is not shaken by that of the state"
+    if name=='ranger' and 'state_dtype' not in kw: pytest.xfail('as above')
+    seen,kept = case(name, **kw)
+    assert max(kept) < (.025 if name in SIGNS or 'state_dtype' in kw else .02) and max(seen) < .03, (seen, kept)
+
+def test_foreach_and_jit_drift_as_fused():
+    res = [case('adam', **{m: True}) for m in ('fused','foreach','jit')]
+    for r in res[1:]: assert_same(r, res[0], atol=.001)
+
+# optimi's own algorithms: name here, hyperparameters, optimi's class, its arguments
+OPTIMI = {'SGD': ('sgd', {}, 'SGD', dict(decouple_wd=True)), 'SGD, momentum': ('sgd', dict(mom=.9), 'SGD', dict(momentum=.9, decouple_wd=True)), 'Adam': ('adam', dict(eps=1e-6, decouple_wd=False), 'Adam', {}),
+    'AdamW': ('adam', dict(eps=1e-6), 'AdamW', {}), 'RAdam': ('radam', dict(eps=1e-6), 'RAdam', dict(decouple_wd=True)), 'Ranger': ('ranger', dict(mom=.9), 'Ranger', {}), 'Adan': ('adan', dict(eps=1e-6), 'Adan', {}),
+    'Lion': ('lion', {}, 'Lion', {}), 'StableAdamW': ('stableadam', {}, 'StableAdamW', {})}
+
+@pytest.mark.parametrize('name', [pytest.param(o, marks=() if o in ('SGD','AdamW','Lion','Ranger') else pytest.mark.slow) for o in OPTIMI])
+def test_closer_than_optimi(name):
+    "optimi adds the update to the compensation and decays the rounded weight: the decay is lost. Each against itself in float64, the weights as they are seen"
     import optimi
-    from torch import optim
-    start,ref,_ = drift(lambda ps: optim.AdamW(ps, lr=1e-4, betas=(.9,.99), eps=1e-6, weight_decay=wd, foreach=False), torch.float64)
-    way = (ref-start).abs().mean()
-    off = lambda f: ((drift(f, torch.bfloat16)[1]-ref).abs().mean()/way).item()
-    theirs = off(lambda ps: optimi.AdamW(ps, lr=1e-4, betas=(.9,.99), eps=1e-6, weight_decay=wd, kahan_sum=True, foreach=False, triton=False))
-    ours = off(lambda ps: build('fused', ps, ADAM, eo.Storage(), lr=1e-4, mom=.9, sqr_mom=.99, eps=1e-6, wd=wd))
-    assert ours < .021 and (theirs > .1 if wd else ours < theirs*1.1), (ours, theirs)
+    row,hypers,cls,kw = OPTIMI[name]
+    def theirs(**extra): return lambda groups, lr: getattr(optimi, cls)([dict(params=g, weight_decay=wd) for g,wd in zip(groups, WDS)], lr=lr, foreach=False, triton=False, **kw, **extra)
+    ours = get_optimizer(row).factory(wd=list(WDS), fused=True, **hypers)
+    ref,tref = drift(ours, torch.float64),drift(theirs(), torch.float64)
+    assert (ref[1]-tref[1]).abs().mean() < 1e-6 # the same algorithm
+    a,b = off(drift(ours, torch.bfloat16), ref)[0],off(drift(theirs(kahan_sum=True), torch.bfloat16), tref)[0]
+    assert a[0] <= b[0]*1.02 and a[1] < b[1]/2, (a, b) # Lion without decay is the same to .02%
 
 # ---------------------------------------------------------------- stochastic rounding
 @pytest.mark.parametrize('x', [1.001, -3.3, 1e-30, 255.9, 7e37])

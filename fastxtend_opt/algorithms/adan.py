@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['adan', 'adan_averages', 'adan_step', 'proximal_decay', 'Adan']
 
-# %% ../../nbs/algorithms/adan.ipynb #3e62b33b
+# %% ../../nbs/algorithms/adan.ipynb #4535e680
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat
-from ..engine.registry import make_optimizer, factory, options, register
+from ..engine.registry import make_optimizer, decays_weights, factory, options, register
 
 # %% ../../nbs/algorithms/adan.ipynb #2ece1e88
 def adan_averages(
@@ -55,7 +55,8 @@ def adan_step(
     update = (grad_avg/debias1).add_(diff_avg, alpha=beta2/debias2)
     p.data.addcdiv_(update, (sqr_avg/debias3).sqrt() + eps, value=-lr)
 
-# %% ../../nbs/algorithms/adan.ipynb #e512d4aa
+# %% ../../nbs/algorithms/adan.ipynb #a1aa384f
+@decays_weights
 def proximal_decay(
     p, # The parameter
     lr:float, # Learning rate (η)

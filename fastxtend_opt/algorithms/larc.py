@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['larc', 'larc_layer_lr', 'larc_step', 'Larc']
 
-# %% ../../nbs/algorithms/larc.ipynb #04bd6e75
+# %% ../../nbs/algorithms/larc.ipynb #68ab000d
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad
-from ..engine.registry import make_optimizer, as_groups, in_use, factory, options, register
+from ..engine.registry import make_optimizer, as_groups, decays_weights, in_use, factory, options, register
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/larc.ipynb #9dd8e5a4
+# %% ../../nbs/algorithms/larc.ipynb #e1ec0869
+@decays_weights
 def larc_layer_lr(
     p, # The parameter
     lr:float, # Learning rate (γ)

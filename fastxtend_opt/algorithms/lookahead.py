@@ -35,7 +35,7 @@ def lookahead_step(
         slow_p.add_(p.data-slow_p, alpha=la_alpha)
         p.data.copy_(slow_p)
 
-# %% ../../nbs/algorithms/lookahead.ipynb #f9bbb746
+# %% ../../nbs/algorithms/lookahead.ipynb #67357df7
 class Lookahead(_FastaiLookahead):
     "Lookahead (2019, arXiv 1907.08610) round any optimizer: fastai's own, one of the engines, or a wrapped torch optimizer"
     def __init__(self,
@@ -48,8 +48,17 @@ class Lookahead(_FastaiLookahead):
 
     @property
     def one_pass(self):
-        "Is the wrapped optimizer an engine, whose step does it all?"
+        "Is the wrapped optimizer one of ours, whose step does it all?"
         return isinstance(self.opt, (TapeOptimizer, NativeOptimizer)) # a step in low precision has to know of all that changes a parameter
+
+    @property
+    def optimizer_accumulation(self) -> bool:
+        "Does a step go into the state alone? Such steps do not count"
+        return self.opt.optimizer_accumulation
+    @optimizer_accumulation.setter
+    def optimizer_accumulation(self, v):
+        if not self.one_pass: raise NotImplementedError(f"optimizer_accumulation: round a {type(self.opt).__name__} that is not this package's it is not to be had.")
+        self.opt.optimizer_accumulation = v
 
     _step_supports_amp_scaling = False # `GradScaler` unscales and decides before `step`: the count of steps must not go up in one that is skipped
 
@@ -59,11 +68,25 @@ class Lookahead(_FastaiLookahead):
         "A step of the wrapped optimizer, and every `k`-th time a sync"
         if not self.one_pass: return super().step(closure)
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        sync = (self.count+1)%self.k == 0
-        self.opt.step(la_sync=sync, la_alpha=self.alpha)
-        self.count += 1
+        extra = self._begin()
+        stepped = {id(p) for p in self._params() if p.grad is not None} if self._released or extra['la_sync'] else ()
+        if self._released and not stepped: return # each parameter was stepped when its gradient came
+        self.opt.step(**extra)
+        self._end(extra, stepped)
+
+    _released = False # Are the parameters stepped in the backward pass?
+    def _begin(self):
+        "What the steppers have to know of the step to come"
+        return dict(la_sync=not self.optimizer_accumulation and (self.count+1)%self.k == 0, la_alpha=self.alpha)
+
+    def _end(self, extra, stepped):
+        "Count a step, in which the parameters with ids in `stepped` were stepped"
         if not self._started: self._start()
-        if sync: self._sync_rest()
+        if self.optimizer_accumulation: return
+        self.count += 1
+        if extra['la_sync']: self._sync_rest(stepped)
+
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k != '_released'}
 
     def _params(self): return [p for pg in self.param_lists for p in pg]
 
@@ -73,10 +96,10 @@ class Lookahead(_FastaiLookahead):
             if 'slow_p' not in self.opt.state[p]: self.opt.state[p]['slow_p'] = p.detach().clone()
         self._started = True
 
-    def _sync_rest(self):
-        "The sync of parameters that have no gradient, which an engine's step leaves alone"
+    def _sync_rest(self, stepped):
+        "The sync of parameters that had no gradient, which a step leaves alone"
         for p in self._params():
-            if p.grad is not None: continue
+            if id(p) in stepped: continue
             slow_p = self.opt.state[p].setdefault('slow_p', p.detach().clone())
             lookahead_step(p, slow_p, la_sync=True, la_alpha=self.alpha)
             if (comp := self.opt.state[p].get('kahan_comp')) is not None: comp.zero_() # the weight is what was just written
@@ -126,7 +149,7 @@ def _check_state(opt, sd):
         raise ValueError("The state's slow weights have other shapes than the optimizer's parameters: "
                          "build it on the same model, with the same groups.")
 
-# %% ../../nbs/algorithms/lookahead.ipynb #e9bf2635
+# %% ../../nbs/algorithms/lookahead.ipynb #496ffefd
 @patch
 def load_state_dict(self:Lookahead,
     sd:dict # From `state_dict`, of this mode or another, or of fastai's `Lookahead`
@@ -135,14 +158,14 @@ def load_state_dict(self:Lookahead,
     _check_state(self, sd)
     slow = sd['slow_weights']
     if slow is not None:
-        slow = L(L(torch.empty_like(p, requires_grad=False).copy_(s.detach()) for s,p in zip(*o)) for o in zip(slow, self.param_lists))
+        slow = L(L(torch.empty_like(p, dtype=s.dtype, requires_grad=False).copy_(s.detach()) for s,p in zip(*o)) for o in zip(slow, self.param_lists))
     sd = {k:v for k,v in sd.items() if k!='slow_weights'}
     count = int(sd.pop('count'))
     if isinstance(self.opt, Optimizer):
         state = [{k:v for k,v in s.items() if k!='slow_p'} for s in sd['state']]
         if self.one_pass and slow is not None:
             for s,w in zip(state, slow.concat()): s['slow_p'] = w
-        if not self.one_pass: # An engine copies for itself
+        if not isinstance(self.opt, TapeOptimizer): # An engine copies for itself
             state = [{k:v.detach().clone() if isinstance(v, Tensor) else v for k,v in s.items()} for s in state]
         sd = dict(state=state, hypers=L(dict(h) for h in sd['hypers']))
     self.opt.load_state_dict(sd)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['stableadam', 'StableAdamW', 'debiased_mom', 'debiased_averages', 'stableadam_step', 'StableAdam']
 
-# %% ../../nbs/algorithms/stableadam.ipynb #cccd9ee3
+# %% ../../nbs/algorithms/stableadam.ipynb #f6bc25a8
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, l2_reg
-from ..engine.registry import make_optimizer, factory, options, register
+from ..engine.registry import make_optimizer, decays_weights, factory, options, register
 
 # %% ../../nbs/algorithms/stableadam.ipynb #795a5f96
 def debiased_mom(
@@ -33,7 +33,8 @@ def debiased_averages(
     return {**average_grad(p, mom=debiased_mom(mom, step), dampening=True, grad_avg=grad_avg),
             **average_sqr_grad(p, sqr_mom=debiased_mom(sqr_mom, step), sqr_avg=sqr_avg)}
 
-# %% ../../nbs/algorithms/stableadam.ipynb #642266e1
+# %% ../../nbs/algorithms/stableadam.ipynb #87569e6a
+@decays_weights
 def stableadam_step(
     p, # The parameter
     lr:float, # Learning rate (α)

@@ -11,7 +11,7 @@ from .tape import TapeSlot
 # %% auto #0
 __all__ = ['FLOAT_DTYPES', 'Cohort', 'check_tensors', 'check_state', 'make_cohorts']
 
-# %% ../../nbs/engine/02_cohort.ipynb #001c7b86
+# %% ../../nbs/engine/02_cohort.ipynb #f671083c
 FLOAT_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} # dtypes a step can work on
 
 _grad,_dtype,_device,_layout = map(attrgetter, ('grad','dtype','device','layout'))
@@ -44,6 +44,7 @@ class Cohort:
     def unchanged(self) -> bool:
         "Would the same cohort be made again, as far as that can be seen quickly?"
         ps,states = self.params,self.states
+        if len(ps) == 1: return self._same(ps[0], ps[0].grad, states[0])
         gs = list(map(_grad, ps))
         if any(g is None for g in gs): return False
         for ts,s in ((ps, self.slots[0]), (gs, self.slots[1])):
@@ -54,6 +55,17 @@ class Cohort:
             return (all(list(map(itemgetter(k), states)).count(v) == len(states) for k,v in self.numbers.items()) and
                     all(all(map(is_, map(itemgetter(s.name), states), old)) for s,old in zip(self.slots[2:], self.kept[2:])))
         except KeyError: return False
+
+    def _same(self, p, g, st):
+        "`unchanged` for one parameter alone, which gradient release asks for each"
+        if g is None or p.dtype is not self.slots[0].dtype or g.dtype is not self.slots[1].dtype or p.device != self.device or g.device != self.device: return False
+        if [p.numel()] != self.kept[0] or g.numel() != p.numel() or g.layout is not torch.strided or [p.data_ptr()] != self.kept[1] or (self.shape is not None and p.shape != self.shape): return False
+        if len(st) != len(self.numbers) + len(self.slots) - 2: return False
+        for k,v in self.numbers.items():
+            if k not in st or st[k] != v: return False
+        for s,old in zip(self.slots[2:], self.kept[2:]):
+            if st.get(s.name) is not old[0]: return False
+        return True
 
     def __len__(self): return len(self.params)
     def __repr__(self): return f"Cohort(group {self.group}: {len(self)} x {self.slots[0].dtype}, state {[s.name for s in self.slots[2:]]}, {self.numbers})"

@@ -16,7 +16,7 @@ __all__ = ['CHUNK_SIZE', 'SOLO_SIZE', 'GPU_BLOCK', 'GPU_CHUNK', 'GPU_PROGRAMS', 
            'aligned_addresses', 'AddressTable', 'chunk_rows', 'KernelLaunch', 'gpu_chunk', 'warm_triton',
            'TritonLaunch']
 
-# %% ../../nbs/engine/06_fused.ipynb #b1e52014
+# %% ../../nbs/engine/06_fused.ipynb #330e1035
 _reader_source = '''#include <cstdint>
 #include <cstddef>
 typedef struct _object PyObject;
@@ -77,7 +77,7 @@ static inline void fetch(const Hint& h) {
 static ptrdiff_t differs(ptrdiff_t i) { PyErr_Clear(); return i; }
 // Rows: [parameter, gradient, state tensors ...]. Returns -1 if all is as it was, else the first row that isn't (or can't be read).
 extern "C" int64_t look_all(const Exchange* api, PyObject* params, PyObject* states, PyObject* names, PyObject* keys, PyObject* numbers, PyObject* grad, PyObject* none, PyObject* grads,
-                            int64_t* address, uint64_t* sig, Hint* hint, int record) {
+                            int64_t* address, uint64_t* sig, Hint* hint, const int64_t* home, int record) {
     const ptrdiff_t n = PyList_Size(params), nt = PyTuple_Size(names), nk = PyTuple_Size(keys), ncol = nt + 2;
     for (ptrdiff_t i = 0; i < n; i++) {
         if (!record) { // a dict's 5th word says where its entries are
@@ -92,6 +92,7 @@ extern "C" int64_t look_all(const Exchange* api, PyObject* params, PyObject* sta
         #define LOOK(o, c) if (!look(api, o, a + (c), &h)) return differs(i); if (record) { s[c] = h; hint[i*ncol + c] = place(o); } else if (s[c] != h) return i;
         PyObject *p = PyList_GetItem(params, i), *st = PyList_GetItem(states, i);
         LOOK(p, 0)
+        if (!record && a[0] != home[i]) return i; // it has moved, and may share memory now
         PyObject* g = PyObject_GetAttr(p, grad);
         if (!g) return differs(i);
         if (PyList_SetItem(grads, i, g)) return differs(i); // the list owns g: no other thread can free it before the kernel has run
@@ -125,13 +126,13 @@ extern "C" int set_all(PyObject* dicts, PyObject* keys, PyObject* values) {
 }
 '''
 
-# %% ../../nbs/engine/06_fused.ipynb #42a4ac92
+# %% ../../nbs/engine/06_fused.ipynb #b22358bf
 def _reader():
     "The C functions, and the address of torch's exchange table"
     lib = load_library(_reader_source, python=True)
     if not hasattr(lib, 'api'):
         o,v = ctypes.py_object,ctypes.c_void_p
-        lib.look_all.restype,lib.look_all.argtypes = ctypes.c_int64,[v, o, o, o, o, o, o, o, o, v, v, v, ctypes.c_int]
+        lib.look_all.restype,lib.look_all.argtypes = ctypes.c_int64,[v, o, o, o, o, o, o, o, o, v, v, v, v, ctypes.c_int]
         lib.set_all.restype,lib.set_all.argtypes = ctypes.c_int,[o, o, o]
         get = ctypes.pythonapi.PyCapsule_GetPointer
         get.restype,get.argtypes = v,[o, ctypes.c_char_p]
@@ -150,7 +151,7 @@ def flat_layout(
         expect *= sz
     return True
 
-# %% ../../nbs/engine/06_fused.ipynb #70b364e6
+# %% ../../nbs/engine/06_fused.ipynb #636e4e22
 def fused_sort(p, g, st):
     "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
     if not flat_layout(p): return 'foreach'
@@ -182,19 +183,21 @@ class AddressTable:
         self.names = tuple(s.name for s in c.slots[2:])
         self.set_numbers()
         self.address,self.sig,self.hint = (np.zeros((len(c), len(c.slots)*k), t) for t,k in ((np.int64,1), (np.uint64,1), (np.int64,3)))
+        self.home = np.zeros(len(c), np.int64)
+        self.where = tuple(a.ctypes.data for a in (self.address, self.sig, self.hint, self.home))
         if not self._look(True): raise RuntimeError("a tensor's memory can't be read; use foreach=True") # pragma: no cover
-        self.home = self.address[:,0].copy()
+        self.home[:] = self.address[:,0]
 
     def set_numbers(self): self.keys,self.numbers = tuple(self.cohort.numbers),tuple(self.cohort.numbers.values())
 
     def _look(self, record):
         c,self.grads = self.cohort,[None]*len(self.cohort)
-        r = self.lib.look_all(self.lib.api, c.params, c.states, self.names, self.keys, self.numbers, 'grad', None, self.grads, self.address.ctypes.data, self.sig.ctypes.data, self.hint.ctypes.data, record)
+        r = self.lib.look_all(self.lib.api, c.params, c.states, self.names, self.keys, self.numbers, 'grad', None, self.grads, *self.where, record)
         return r == -1
 
     def refresh(self) -> bool:
         "Read all addresses, and hold the gradients in `grads` (until `release`); False if anything but an address has changed, or a parameter has moved (it may share memory now)"
-        return self._look(False) and np.array_equal(self.address[:,0], self.home)
+        return self._look(False)
 
     def release(self):
         "Let go of the gradients"
@@ -227,7 +230,7 @@ def chunk_rows(
         nt,nc = nt+len(numel),nc+len(row)
     return np.concatenate(chunks).astype(np.int64),np.concatenate(tensors).astype(np.int64)
 
-# %% ../../nbs/engine/06_fused.ipynb #ff305422
+# %% ../../nbs/engine/06_fused.ipynb #93b074ab
 CHUNK_SIZE = 1<<14 # Elements of a chunk
 SOLO_SIZE = 1<<17 # Elements of a tensor that one thread takes through all phases of a kernel, or more if there are enough such tensors for all threads
 
@@ -238,7 +241,8 @@ class KernelLaunch:
     ):
         self.tables,(self.chunks,self.tensors) = tables,chunk_rows(tables, CHUNK_SIZE)
         self.elements = int(self.tensors[:,4].sum())
-        self.addresses = np.array([t.address.ctypes.data for t in tables], dtype=np.int64)
+        self.addresses = np.zeros(len(tables), dtype=np.int64)
+        self.where = tuple(a.ctypes.data for a in (self.chunks, self.tensors, self.addresses))
         self.scratch,self.groups = {},{}
 
     def _groups(self, threads):
@@ -262,18 +266,19 @@ class KernelLaunch:
         tapes:list # A tape a cohort, all with the kernel's key
     ):
         "Run `kernel`; the tables must have been refreshed for this step"
-        nred = sum(k == 's' for k,_ in tapes[0].types)
+        nred = tapes[0].known()[0]
         if (s := self.scratch.get(nred)) is None:
-            s = self.scratch[nred] = (np.zeros(max(nred*len(self.chunks), 1)), np.zeros(max(nred*len(self.tensors), 1)))
+            both = np.zeros(max(nred*len(self.chunks), 1)),np.zeros(max(nred*len(self.tensors), 1))
+            s = self.scratch[nred] = both,*(a.ctypes.data for a in both)
         numbers = np.array([t.scalars or [0.] for t in tapes], dtype=np.float64)
-        for i,t in enumerate(self.tables): self.addresses[i] = t.address.ctypes.data
+        for i,t in enumerate(self.tables): self.addresses[i] = t.where[0]
         threads = kernel_threads(self.elements)
-        if (key := threads*(nred > 0)) not in self.groups: self.groups[key] = self._groups(key)
-        solo,wide = self.groups[key]
-        kernel(threads, len(solo), solo.ctypes.data, len(wide), wide.ctypes.data, self.chunks.ctypes.data, self.tensors.ctypes.data,
-               self.addresses.ctypes.data, numbers.ctypes.data, s[0].ctypes.data, s[1].ctypes.data)
+        if (key := threads*(nred > 0)) not in self.groups:
+            both = self._groups(key)
+            self.groups[key] = both,[x for a in both for x in (len(a), a.ctypes.data)]
+        kernel(threads, *self.groups[key][1], *self.where, numbers.ctypes.data, s[1], s[2])
 
-# %% ../../nbs/engine/06_fused.ipynb #b360a1b4
+# %% ../../nbs/engine/06_fused.ipynb #7f969588
 GPU_BLOCK = 1024 # Elements that a program works on at a time
 GPU_CHUNK = 1<<14 # Most elements of a chunk
 GPU_PROGRAMS = 1<<13 # Programs to have before chunks become that big
@@ -315,11 +320,11 @@ def warm_triton(
 class TritonLaunch:
     "Launches of Triton kernels for several cohorts that run the same tape"
     def __init__(self,
-        tables:list # `AddressTable`s of the cohorts, all on one device
+        tables:list, # `AddressTable`s of the cohorts, all on one device
+        elements:int|None=None # Elements that chunks are made for; `None`: those of the cohorts
     ):
         self.tables,self.device = tables,tables[0].cohort.device
-        numel = sum(p.numel() for t in tables for p in t.cohort.params)
-        chunks,tensors = chunk_rows(tables, gpu_chunk(numel))
+        chunks,tensors = chunk_rows(tables, gpu_chunk(sum(p.numel() for t in tables for p in t.cohort.params) if elements is None else elements))
         self.grid = dict(values=(len(tensors),), **{'pass':(len(chunks),)})
         self.gpu = torch.get_device_module(self.device) if self.device.type != 'cpu' else None
         self.addresses,self.numbers,self.scratch,self.streams = None,None,{},set()

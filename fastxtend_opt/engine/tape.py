@@ -28,7 +28,7 @@ class UnsupportedError(NotImplementedError):
 class NeedsShape(Exception):
     "A stepper looks at the shape: the caller has to trace each shape by itself (internal)"
 
-# %% ../../nbs/engine/01_tape.ipynb #ea0b540b
+# %% ../../nbs/engine/01_tape.ipynb #c56b4e5a
 def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
 
 class Tape:
@@ -42,6 +42,8 @@ class Tape:
         self.ops,self.types,self.scalars,self.stepper = [],[],[],''
         self.stores = () # (slot, reference) pairs: what the slots hold after the step
         self.created = {} # State tensors that this step makes: name -> (kind, dtype, start: a number, the name of a slot to copy, or None)
+        self.skipped = [] # Places of the steppers that were left out
+        self.kernels,self._known = {},None # Backend -> compiled form
 
     def emit(self, name, *xs):
         "Append operation `name` of stand-ins and numbers; the stand-in of its result"
@@ -71,6 +73,11 @@ class Tape:
     def refuse(self, op, why='is not in the table of operations'):
         raise UnsupportedError(f"stepper '{self.stepper}': '{op}' {why}. Run this optimizer in native mode (no foreach, jit or fused), "
             "write the stepper with supported tensor operations (fastxtend_opt.engine.ops.OPS), or add a row there with `add_op`.")
+
+    def known(self):
+        "How many values are one a parameter, and does the step change the gradient? (of a finished tape)"
+        if self._known is None: self._known = sum(k == 's' for k,_ in self.types),any(i == 1 for i,_ in self.stores)
+        return self._known
 
     @property
     def key(self):
@@ -254,7 +261,7 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     return f(*args, **{k:v for k,v in (kwargs or {}).items() if k not in ('inplace','out') or v})
 TapeTensor.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/engine/01_tape.ipynb #4fa731ad
+# %% ../../nbs/engine/01_tape.ipynb #00819943
 def trace_steppers(
     cbs, # Steppers
     slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
@@ -262,7 +269,8 @@ def trace_steppers(
     hyper:dict, # Hyper-parameters
     device:torch.device=torch.device('cpu'), # Device of the parameters
     shape:torch.Size|None=None, # Their shape, where it matters to a stepper
-    low:LowPrecision|None=None # How parameters and state are kept, if the step is to be taken in float32 whatever their dtype
+    low:LowPrecision|None=None, # How parameters and state are kept, if the step is to be taken in float32 whatever their dtype
+    accumulate:bool=False # Leave out the steppers that change the parameter?
 ) -> tuple[Tape, dict]: # The tape, and the state entries that are not tensors as they are after the step
     "Run `cbs` once on a stand-in and write down what they do"
     had = {s.name for s in slots}
@@ -274,13 +282,24 @@ def trace_steppers(
     p._grad = grad
     state = {**state, **{s.name:t for s,t in zip(tape.slots[2:], tensors) if s.name != 'kahan_comp'}}
     start = [t.ref for t in loads]
-    for cb in cbs:
-        tape.stepper = _name(cb)
-        new = cb(p, **{**state, **hyper})
-        if isinstance(new, dict): state.update(new)
+    with torch._C._EnableTorchFunction(): # off in hooks of the backward pass of fastai's losses
+        for i,cb in enumerate(cbs):
+            tape.stepper = _name(cb)
+            if accumulate: before = _before(tape, loads, state)
+            new = cb(p, **{**state, **hyper})
+            if accumulate and p.ref != before[0][0][1]: _take_back(tape, *before); tape.skipped.append(i)
+            elif isinstance(new, dict): state.update(new)
     numbers = _finish(tape, loads, state, start, low)
     if low and low.kahan and 'kahan_comp' not in had: tape.created['kahan_comp'] = ('e', tape.slots[0].dtype, 0.)
     return tape, {**{k:v for k,v in state.items() if type(v) is not TapeTensor}, **numbers}
+
+def _before(tape, loads, state):
+    "What a stepper can change: stand-ins, and the length of the tape"
+    return [(t, t.ref, t.dtype) for t in (*loads, *(v for v in state.values() if type(v) is TapeTensor))],len(tape.ops),len(tape.scalars)
+
+def _take_back(tape, tensors, ops, scalars):
+    for t,ref,dtype in tensors: t.ref,t.dtype = ref,dtype
+    del tape.ops[ops:],tape.types[ops:],tape.scalars[scalars:]
 
 def _finish(tape, loads, state, start, low):
     "Work out what is stored, and which state tensors are new; numbers that the storing itself has changed"

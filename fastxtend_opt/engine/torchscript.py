@@ -13,7 +13,7 @@ from .foreach import schedule_tape
 # %% auto #0
 __all__ = ['emit_script', 'compile_script', 'run_script']
 
-# %% ../../nbs/engine/04_torchscript.ipynb #dec01d4d
+# %% ../../nbs/engine/04_torchscript.ipynb #81ed914e
 def emit_script(
     tape:Tape # What to do
 ) -> str: # Source of a function `step` of the slots' tensors and the tape's numbers
@@ -37,9 +37,11 @@ def compile_script(
     tape:Tape # What to do
 ): # A compiled function of the slots' tensors and the tape's numbers
     "Compile `tape`, once for each key"
+    if (f := tape.kernels.get('script')) is not None: return f
     key = tape.key, tape.device.type
     with _lock:
         if (f := _functions.get(key)) is None: f = _functions[key] = torch.jit.CompilationUnit(SROUND_SOURCE + emit_script(tape)).step
+    tape.kernels['script'] = f
     return f
 
 @torch.no_grad()
@@ -48,5 +50,5 @@ def run_script(
     tensors:list # A list of tensors a slot of the tape
 ):
     "Do what `tape` says to all `tensors`, in place"
-    f = compile_script(tape)
-    for ts in zip(*tensors): f(*ts, *tape.scalars)
+    f,scalars = compile_script(tape),tape.scalars
+    for ts in zip(*tensors): f(*ts, *scalars)

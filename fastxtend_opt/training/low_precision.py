@@ -5,56 +5,100 @@
 # %% auto #0
 __all__ = ['to_low_precision', 'LowPrecisionInput']
 
-# %% ../../nbs/training/low_precision.ipynb #b2e64dd4
+# %% ../../nbs/training/low_precision.ipynb #773bd93d
+from copy import copy
+from collections.abc import MutableMapping
 from fnmatch import fnmatchcase
+from warnings import warn
 import torch
 from torch import Tensor, nn
-from fastcore.all import patch
+from fastcore.all import is_listy, patch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.learner import Learner
-from fastai.torch_core import apply
+from fastai.optimizer import Optimizer
 
-# %% ../../nbs/training/low_precision.ipynb #947ea14c
+# %% ../../nbs/training/low_precision.ipynb #cf4e1009
+_stats = nn.modules.batchnorm._NormBase # BatchNorm and InstanceNorm, which take inputs of another dtype than theirs
+_floats = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+def _tensors(x, f):
+    "`f` on the tensors in `x`, whose containers keep their type"
+    if isinstance(x, Tensor): return f(x)
+    if isinstance(x, MutableMapping):
+        new = copy(x)
+        for k,v in x.items(): new[k] = _tensors(v, f)
+        return new
+    if isinstance(x, tuple) and hasattr(x, '_fields'): return type(x)(*(_tensors(o, f) for o in x))
+    return type(x)([_tensors(o, f) for o in x]) if is_listy(x) else x
+
+def _cast(x, dtype): return _tensors(x, lambda t: t.to(dtype) if t.dtype in _floats else t)
+
+# %% ../../nbs/training/low_precision.ipynb #e4a5b249
+class _OwnDtype:
+    "Forward pre-hook: inputs in the dtype of the module's own parameters"
+    def __call__(self, m, args, kwargs):
+        dtype = next(p.dtype for p in m._parameters.values() if p is not None and p.dtype in _floats)
+        return _cast(args, dtype),_cast(kwargs, dtype)
+
+def _hook(m):
+    if isinstance(m, _stats) or not any(p is not None and p.dtype in _floats for p in m._parameters.values()): return
+    if not any(isinstance(h, _OwnDtype) for h in m._forward_pre_hooks.values()): m.register_forward_pre_hook(_OwnDtype(), with_kwargs=True)
+
+# %% ../../nbs/training/low_precision.ipynb #36722114
 def to_low_precision(
     model:nn.Module, # Changed in place; its parameters stay the same objects
     dtype:torch.dtype=torch.bfloat16, # `torch.bfloat16` or `torch.float16`
-    keep:tuple=() # What stays as it is: names of modules, parameters or buffers (with `*` and `?`), and module types
+    keep:tuple=(), # What stays as it is: names of modules, parameters or buffers (with `*` and `?`), and module types
+    keep_batchnorm:bool=True # BatchNorm and InstanceNorm stay as they are, for their running statistics?
 )->nn.Module: # `model`
     "Cast the floating-point parameters and buffers of `model`; `ValueError` if a name in `keep` fits nothing"
     if dtype not in (torch.bfloat16, torch.float16): raise ValueError(f"dtype={dtype!r}: it must be torch.bfloat16 or torch.float16.")
-    keep = (keep,) if isinstance(keep, (str,type)) else tuple(keep)
-    used = set()
-    def _kept(name, m):
+    keep,used = ([*keep] if hasattr(keep, '__iter__') and not isinstance(keep, (str,type)) else [keep]) + [_stats]*keep_batchnorm,set()
+    if bad := [k for k in keep if not isinstance(k, (str,type))]: raise ValueError(f"keep={bad}: names and module types are what it takes.")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    def _within(name): return ['', *(name[:i] for i,c in enumerate(name) if c=='.')] # the modules that a tensor lies in
+    def _kept(name):
         for k in keep:
-            if isinstance(m, k) if isinstance(k, type) else fnmatchcase(name, k) or any(fnmatchcase(name[:i], k) for i,c in enumerate(name) if c=='.'): used.add(k); return True
+            if any(isinstance(modules[o], k) for o in _within(name)) if isinstance(k, type) else any(fnmatchcase(o, k) for o in (name, *_within(name)[1:])): used.add(k); return True
         return False
-    todo = [(m, n, t, is_p) for prefix,m in model.named_modules() for is_p,ts in ((True, m._parameters), (False, m._buffers))
-            for n,t in ts.items() if t is not None and t.is_floating_point() and not _kept(f'{prefix}.{n}' if prefix else n, m)]
-    missing = [k for k in keep if isinstance(k, str) and k not in used]
-    if missing: raise ValueError(f"keep={missing}: no parameter, buffer or module of the model has such a name.")
-    for m,n,t,is_p in todo:
-        if is_p: t.data = t.data.to(dtype); t.grad = None
-        else: m._buffers[n] = t.to(dtype)
+    own = [(f'{prefix}.{n}' if prefix else n, m, n, t) for prefix,m in modules.items() for ts in (m._parameters, m._buffers) for n,t in ts.items() if t is not None and t.dtype in _floats]
+    kept = {id(t): m for name,m,_,t in own if _kept(name)}
+    if missing := [k for k in keep if isinstance(k, str) and k not in used]: raise ValueError(f"keep={missing}: no floating-point parameter or buffer of the model has such a name, or lies in such a module.")
+    new = {} # what one buffer, in two modules, becomes
+    for _,m,n,t in own:
+        if id(t) in kept or t.dtype is dtype: continue
+        if n in m._buffers: m._buffers[n] = new.setdefault(id(t), t.to(dtype))
+        else: t.grad,t.data = None,t.data.to(dtype)
+    if any(t.dtype is not dtype and not isinstance(kept[id(t)], _stats) for *_,t in own if id(t) in kept):
+        for m in modules.values(): _hook(m)
     return model
 
-# %% ../../nbs/training/low_precision.ipynb #30eb8972
+# %% ../../nbs/training/low_precision.ipynb #5bd0da3a
 class LowPrecisionInput(Callback):
-    "Casts floating-point inputs to the model's dtype, and predictions to float32 for the loss"
+    "Casts floating-point inputs to the model's dtype, and predictions to float32 for loss and metrics"
     order = 9 # before mixed precision would
     def __init__(self,
         dtype:torch.dtype=torch.bfloat16 # dtype of the inputs
     ): self.dtype = dtype
-    def before_batch(self): self.learn.xb = apply(lambda t: t.to(self.dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, self.learn.xb)
-    def after_pred(self): self.learn.pred = apply(lambda t: t.float() if isinstance(t, Tensor) and t.dtype in (torch.bfloat16, torch.float16) else t, self.learn.pred)
+    def before_fit(self):
+        if type(getattr(self.opt, 'opt', self.opt)) is Optimizer and any(p.dtype is self.dtype and p.requires_grad for p in self.model.parameters()):
+            warn(f"The Learner's optimizer is fastai's own, which rounds each step to {self.dtype} and loses small ones: use one of fastxtend_opt's, such as opt_func=adam(), which keeps what rounding takes off.")
+    def before_batch(self): self.learn.xb = _cast(self.xb, self.dtype)
+    def after_pred(self): self.learn.pred = _tensors(self.pred, lambda t: t.float() if t.dtype in (torch.bfloat16, torch.float16) else t)
 
+# %% ../../nbs/training/low_precision.ipynb #ae01e1e9
 @patch
 def to_low_precision(self:Learner,
     dtype:torch.dtype=torch.bfloat16, # `torch.bfloat16` or `torch.float16`
-    keep:tuple=() # What stays as it is: names of modules, parameters or buffers (with `*` and `?`), and module types
-)->Learner:
-    "Cast the model, and the inputs from now on; the optimizer is made anew at the next fit"
-    to_low_precision(self.model, dtype, keep)
+    keep:tuple=(), # What stays as it is: names of modules, parameters or buffers (with `*` and `?`), and module types
+    keep_batchnorm:bool=True # BatchNorm and InstanceNorm stay as they are, for their running statistics?
+)->Learner: # The Learner
+    "Cast the model, and its inputs from now on; the optimizer is made anew at the next fit"
+    if any(isinstance(cb, MixedPrecision) for cb in self.cbs): raise ValueError("to_low_precision on a Learner with mixed precision: one or the other. Call `learn.to_fp32()` before it.")
+    to_low_precision(self.model, dtype, keep, keep_batchnorm)
     self.remove_cbs([cb for cb in self.cbs if isinstance(cb, LowPrecisionInput)])
     self.add_cb(LowPrecisionInput(dtype))
-    self.opt = None
+    frozen,self.opt = getattr(self.opt, 'frozen_idx', 0),None # state of the old dtype is of no use
+    if frozen: self.freeze_to(frozen)
     return self
