@@ -35,7 +35,7 @@ def lookahead_step(
         slow_p.add_(p.data-slow_p, alpha=la_alpha)
         p.data.copy_(slow_p)
 
-# %% ../../nbs/algorithms/lookahead.ipynb #67357df7
+# %% ../../nbs/algorithms/lookahead.ipynb #47b84115
 class Lookahead(_FastaiLookahead):
     "Lookahead (2019, arXiv 1907.08610) round any optimizer: fastai's own, one of the engines, or a wrapped torch optimizer"
     def __init__(self,
@@ -93,16 +93,25 @@ class Lookahead(_FastaiLookahead):
     def _start(self):
         "Slow weights for the parameters that the first step had no gradient for"
         for p in self._params():
-            if 'slow_p' not in self.opt.state[p]: self.opt.state[p]['slow_p'] = p.detach().clone()
+            if 'slow_p' not in self.opt.state[p]: self.opt.state[p]['slow_p'] = self._copy(p)
         self._started = True
 
     def _sync_rest(self, stepped):
         "The sync of parameters that had no gradient, which a step leaves alone"
         for p in self._params():
             if id(p) in stepped: continue
-            slow_p = self.opt.state[p].setdefault('slow_p', p.detach().clone())
-            lookahead_step(p, slow_p, la_sync=True, la_alpha=self.alpha)
-            if (comp := self.opt.state[p].get('kahan_comp')) is not None: comp.zero_() # the weight is what was just written
+            state = self.opt.state[p]
+            if 'slow_p' not in state: state['slow_p'] = self._copy(p)
+            w = self._copy(p) # in full precision
+            lookahead_step(w, state['slow_p'], la_sync=True, la_alpha=self.alpha)
+            p.data.copy_(w)
+            if (comp := state.get('kahan_comp')) is not None: comp.copy_(w - p.data.to(w.dtype))
+
+    def _copy(self, p):
+        "The weights of `p` as a step makes its slow weights of them"
+        w,storage,comp = p.detach().clone(),self.opt.storage,self.opt.state[p].get('kahan_comp')
+        if storage and storage.low(p.dtype): w = w.to(torch.promote_types(w.dtype, torch.float32))
+        return w if comp is None else w.add_(comp.to(w.dtype))
 
     def _init_state(self):
         self.count,self._slow,self._started = 0,None,False

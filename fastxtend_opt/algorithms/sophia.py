@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['sophia', 'sophia_step', 'average_hessian', 'update_hessian', 'Sophia']
 
-# %% ../../nbs/algorithms/sophia.ipynb #3b34068d
+# %% ../../nbs/algorithms/sophia.ipynb #54d936b0
+from copy import copy
 from functools import partial
 import torch
+from fastcore.foundation import L
 from fastai.optimizer import Optimizer, average_grad, weight_decay
+from ..engine.optimizer import NativeOptimizer, TapeOptimizer
 from ..engine.registry import make_optimizer, factory, options, register, valid_hyper
 
 # %% ../../nbs/algorithms/sophia.ipynb #d1d1087e
@@ -40,20 +43,19 @@ def average_hessian(
     hessian.mul_(hess_mom).addcmul_(p.grad.data, p.grad.data, value=(1-hess_mom)*bs)
     return {'hessian': hessian}
 
-# %% ../../nbs/algorithms/sophia.ipynb #5621bdcc
-@torch.no_grad()
+# %% ../../nbs/algorithms/sophia.ipynb #6b6b07dc
 def update_hessian(
     opt:Optimizer, # What `Sophia` made
     bs:int # Number of samples (for a language model: tokens) over which the loss of the sampled labels was averaged (B)
 ):
     "Update the estimate of the curvature from the present gradients, which must be those of labels sampled from the model"
     bs = valid_hyper('bs', bs)
-    if not all('hess_mom' in h for h in opt.hypers): raise ValueError(f"update_hessian: this {type(opt).__name__} has no 'hess_mom'. Pass an optimizer made by Sophia.")
-    todo = opt.all_params(with_grad=True)
-    if not len(todo): raise ValueError("update_hessian: no parameter has a gradient. Call backward on the loss of sampled labels before it.")
-    for p,_,state,hyper in todo:
-        new = average_hessian(p, **{**state, **hyper, 'bs':bs})
-        if 'hessian' not in state: opt.state[p] = {**state, **new}
+    inner = getattr(opt, 'opt', opt)
+    if not isinstance(inner, (NativeOptimizer, TapeOptimizer)) or not all('hess_mom' in h for h in opt.hypers): raise ValueError(f"update_hessian: this {type(opt).__name__} has no 'hess_mom'. Pass an optimizer made by Sophia.")
+    if not len(opt.all_params(with_grad=True)): raise ValueError("update_hessian: no parameter has a gradient. Call backward on the loss of sampled labels before it.")
+    only = copy(inner)
+    only.cbs,only.optimizer_accumulation = L(average_hessian),False
+    only.step(bs=bs)
 
 # %% ../../nbs/algorithms/sophia.ipynb #5261df70
 @options

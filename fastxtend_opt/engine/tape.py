@@ -14,9 +14,9 @@ from .ops import OPS
 __all__ = ['LowPrecision', 'SCALAR_REF', 'TapeSlot', 'UnsupportedError', 'NeedsShape', 'Tape', 'TapeTensor', 'trace_steppers',
            'show_tape']
 
-# %% ../../nbs/engine/01_tape.ipynb #d0ffc443
+# %% ../../nbs/engine/01_tape.ipynb #33a2bf3c
 LowPrecision = namedtuple('LowPrecision', 'kahan rounding state seed') # How a parameter and its state are kept
-LowPrecision.__doc__ = "How a parameter and its state are kept: `kahan`: with what rounding took off beside it? `rounding`: stochastically rounded? `state`: dtype of new state. `seed`: of the rounding"
+LowPrecision.__doc__ = "How a parameter and its state are kept: `kahan`: with what rounding took off beside it? `rounding`: stochastically rounded? `state`: dtype of new state (of a copy of the weights: at least float32). `seed`: of the rounding"
 SCALAR_REF = 1<<20 # References from here on are numbers: `SCALAR_REF+i` is argument i
 TapeSlot = namedtuple('TapeSlot', 'name kind dtype') # A tensor of the optimizer: 'p', 'grad' or a state name; kind 'e' elementwise, 's' one value a tensor
 TapeSlot.__doc__ = "A tensor that a step reads or writes: `name` ('p', 'grad' or a state name), `kind` ('e' a value an element, 's' one value a parameter), `dtype`"
@@ -28,7 +28,7 @@ class UnsupportedError(NotImplementedError):
 class NeedsShape(Exception):
     "A stepper looks at the shape: the caller has to trace each shape by itself (internal)"
 
-# %% ../../nbs/engine/01_tape.ipynb #c56b4e5a
+# %% ../../nbs/engine/01_tape.ipynb #87c72c1d
 def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
 
 class Tape:
@@ -43,6 +43,7 @@ class Tape:
         self.stores = () # (slot, reference) pairs: what the slots hold after the step
         self.created = {} # State tensors that this step makes: name -> (kind, dtype, start: a number, the name of a slot to copy, or None)
         self.skipped = [] # Places of the steppers that were left out
+        self.weights = set() # State that this step makes as a copy of the parameter
         self.kernels,self._known = {},None # Backend -> compiled form
 
     def emit(self, name, *xs):
@@ -261,7 +262,7 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     return f(*args, **{k:v for k,v in (kwargs or {}).items() if k not in ('inplace','out') or v})
 TapeTensor.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/engine/01_tape.ipynb #00819943
+# %% ../../nbs/engine/01_tape.ipynb #8041f469
 def trace_steppers(
     cbs, # Steppers
     slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
@@ -288,7 +289,9 @@ def trace_steppers(
             if accumulate: before = _before(tape, loads, state)
             new = cb(p, **{**state, **hyper})
             if accumulate and p.ref != before[0][0][1]: _take_back(tape, *before); tape.skipped.append(i)
-            elif isinstance(new, dict): state.update(new)
+            elif isinstance(new, dict):
+                if low: tape.weights |= {k for k,v in new.items() if type(v) is TapeTensor and v.ref == start[0] and k not in had}
+                state.update(new)
     numbers = _finish(tape, loads, state, start, low)
     if low and low.kahan and 'kahan_comp' not in had: tape.created['kahan_comp'] = ('e', tape.slots[0].dtype, 0.)
     return tape, {**{k:v for k,v in state.items() if type(v) is not TapeTensor}, **numbers}
@@ -325,7 +328,7 @@ def _finish(tape, loads, state, start, low):
     if tape.created: _make_slots(tape, keep, low)
     return keep.numbers
 
-# %% ../../nbs/engine/01_tape.ipynb #cfadb240
+# %% ../../nbs/engine/01_tape.ipynb #38ed50bd
 _LOW = (torch.bfloat16, torch.float16)
 
 def _widen(tape, loads, low):
@@ -354,13 +357,14 @@ class _Storing:
 
     def rest(self, s, t):
         "What rounding to the dtype of `s` takes off"
-        return (t - t.to(s.dtype).to(torch.float32)).to(s.dtype)
+        r = t - t.to(s.dtype).to(torch.float32)
+        return self.sround(r, 'kahan_comp') if s.dtype is torch.bfloat16 else r.to(s.dtype)
 
-# %% ../../nbs/engine/01_tape.ipynb #7c2a231e
+# %% ../../nbs/engine/01_tape.ipynb #a14f7d47
 def _make_slots(tape, keep, low):
     "Turn created state into slots, in the order of their names; a constant start becomes a load"
     new = tape.created
-    dtypes = {k:low.state if low and t.kind == 'e' and t.dtype is torch.float32 else t.dtype for k,t in new.items()}
+    dtypes = {k:t.dtype if not low or t.kind != 'e' or t.dtype is not torch.float32 else torch.promote_types(low.state, torch.float32) if k in tape.weights else low.state for k,t in new.items()}
     kept = {k:keep(TapeSlot(k, t.kind, dtypes[k]), t) for k,t in sorted(new.items())}
     ops = tape.ops
     starts = {} # entry of a constant -> the state name that starts with it
