@@ -898,6 +898,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'fastxtend_opt/training/gradient_release.py'),
                                                          'fastxtend_opt.training.gradient_release._end_of': ( 'training/gradient_release.html#_end_of',
                                                                                                               'fastxtend_opt/training/gradient_release.py'),
+                                                         'fastxtend_opt.training.gradient_release._fitting': ( 'training/gradient_release.html#_fitting',
+                                                                                                               'fastxtend_opt/training/gradient_release.py'),
                                                          'fastxtend_opt.training.gradient_release._nobody': ( 'training/gradient_release.html#_nobody',
                                                                                                               'fastxtend_opt/training/gradient_release.py'),
                                                          'fastxtend_opt.training.gradient_release._reduce_and_step': ( 'training/gradient_release.html#_reduce_and_step',

@@ -152,6 +152,58 @@ def test_parameters_outside_of_the_model_and_of_the_optimizer():
     opt.step()
     assert not torch.equal(other, before) and torch.equal(m[0].weight, w)
 
+@pytest.mark.parametrize('mode', ALL_MODES)
+@pytest.mark.parametrize('f', [Adam, Ranger])
+def test_some_parameters_outside_of_the_model(f, mode):
+    "As a loss function may have: those are stepped by `step`, and it counts one step in all"
+    def run(release):
+        torch.manual_seed(0)
+        m,other = nn.Linear(3, 3),nn.Parameter(torch.ones(3))
+        with backend_of(mode): opt = f([*m.parameters(), other], lr=.1, **flags(mode))
+        if release: prepare_for_gradient_release(m, opt)
+        for i in range(13):
+            (m(torch.ones(2, 3)) * (other if i%4 else 1.)).square().sum().backward()
+            opt.step()
+            for p in (*m.parameters(), other): p.grad = None
+        return snapshot([*m.parameters(), other], opt),getattr(opt, 'count', 13)
+    a,b = run(False),run(True)
+    assert_bitwise(b, a)
+    assert a[1]==13
+
+def test_integer_parameter():
+    m = nn.Linear(2, 2)
+    m.q = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    opt = Adam(m.parameters(), lr=.1)
+    prepare_for_gradient_release(m, opt)
+    m(torch.ones(1, 2)).sum().backward()
+    assert m.weight.grad is None
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('mode', ALL_MODES)
+def test_autograd_sees_the_step(mode, dtype):
+    "A second pass through the same graph, or a weight whose value is used beside, would give gradients of the new weights: an error in each mode"
+    m,opt = one(mode)
+    m.to(dtype)
+    l = m(torch.ones(2, 3, dtype=dtype)).sum()
+    l.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): l.backward()
+    x = torch.ones(2, 3, dtype=dtype, requires_grad=True)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): m[1](m[0](x @ m[0].weight.detach().t() @ m[0].weight.detach())).sum().backward()
+
+@pytest.mark.parametrize('mode', ALL_MODES)
+def test_old_state_is_let_go(mode):
+    "Also by parameters that are frozen, and so are not stepped again"
+    import weakref
+    m,opt = one(mode)
+    back(m); back(m)
+    m[0].requires_grad_(False)
+    sd = detach_copy(opt.state_dict())
+    old = [weakref.ref(v) for st in opt.state.values() for v in st.values() if isinstance(v, torch.Tensor)]
+    opt.load_state_dict(sd); del sd
+    back(m)
+    gc.collect()
+    assert len(old)==8 and not any(o() is not None for o in old)
+
 class Fails(torch.autograd.Function):
     on = True
     @staticmethod
@@ -279,6 +331,40 @@ def test_two_optimizers():
     remove_gradient_release(a)
     assert n_hooks(a)==0 and n_hooks(b)==4
 
+@pytest.mark.parametrize('how', ['freeze','keep'])
+def test_generator_and_critic(how):
+    "The generator's backward pass goes through the critic, which must not learn from it"
+    def run(release):
+        torch.manual_seed(0)
+        G,D = nn.Linear(2, 3),nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        g,d = Adam(G.parameters(), lr=.01, fused=True),Ranger(D.parameters(), lr=.02, fused=True)
+        if release: prepare_for_gradient_release(G, g); prepare_for_gradient_release(D, d)
+        for i in range(8):
+            z,real = (torch.randn(4, n, generator=torch.Generator().manual_seed(i+n)) for n in (2, 3))
+            (D(G(z).detach()).mean() - D(real).mean()).backward()
+            d.step()
+            for p in D.parameters(): p.grad = None
+            if release and how=='freeze':
+                D.requires_grad_(False); (-D(G(z)).mean()).backward(); D.requires_grad_(True)
+            elif release:
+                with keep_gradients(d): (-D(G(z)).mean()).backward()
+            else: (-D(G(z)).mean()).backward()
+            g.step()
+            for p in (*G.parameters(), *D.parameters()): p.grad = None
+        return snapshot([*G.parameters(), *D.parameters()], d)
+    assert_bitwise(run(True), run(False))
+
+def test_keep_gradients_nested_and_inner():
+    m,opt = one('fused', Ranger)
+    w = m[0].weight.detach().clone()
+    with keep_gradients(opt):
+        with keep_gradients(opt.opt): back(m)
+        back(m)
+    assert torch.equal(w, m[0].weight) and m[0].weight.grad is not None
+    for p in m.parameters(): p.grad = None
+    back(m)
+    assert not torch.equal(w, m[0].weight)
+
 # ---------------------------------------------------------------- what can't work says so
 def test_refusals():
     m = nn.Linear(2, 2)
@@ -347,6 +433,8 @@ def test_lr_find_save_load_export(tmp_path):
     learn.export('e.pkl')
     other = load_learner(tmp_path/'e.pkl')
     assert n_hooks(other.model)==0
+    with other.no_bar(): preds = other.get_preds(dl=learn.dls.valid)[0] # the callback was exported with it
+    assert len(preds)==len(learn.dls.valid_ds)
     set_seed(2); learn.fit(1, .01)
     twin = copy.deepcopy(learn)
     assert n_hooks(twin.model)==0
@@ -357,10 +445,39 @@ class At(Callback):
     def __call__(self, event_name):
         if event_name==self.event and not self.done: self.done = True; self.f(self)
 
-def test_new_optimizer_in_the_middle_of_a_fit():
+@pytest.mark.parametrize('alive', [False, True])
+def test_new_optimizer_in_the_middle_of_a_fit(alive):
+    "Whether something keeps the old one alive or not"
     learn = learner(adam(fused=True))
+    learn.create_opt()
+    old = learn.opt if alive else None
     learn.fit(1, .01, cbs=[GradientRelease(), At('after_batch', lambda cb: cb.learn.create_opt())])
-    assert learn.opt.state_dict()['state'][0]['step']==3 and n_hooks(learn.model)==0
+    assert old is not learn.opt and learn.opt.state_dict()['state'][0]['step']==3 and n_hooks(learn.model)==0
+
+def test_without_an_optimizer():
+    learn = learner(adam(fused=True), GradientRelease())
+    learn.validate(); learn.get_preds()
+    assert learn.opt is None
+
+class Hooks(Callback):
+    run_valid = False
+    def before_fit(self): self.n = []
+    def after_backward(self): self.n.append((n_hooks(self.learn.model), sum(p.grad is not None for p in self.learn.model.parameters())))
+
+@pytest.mark.parametrize('what', [lambda l: l.get_preds(), lambda l: l.validate()], ids=['get_preds','validate'])
+def test_predictions_inside_of_a_fit(what):
+    "They have the events of a fit, and leave the release on"
+    learn = learner(adam(fused=True), GradientRelease())
+    hooks = Hooks()
+    def at(cb): what(cb.learn)
+    learn.fit(2, .01, cbs=[hooks, At('before_epoch', lambda cb: None), At('after_epoch', at)])
+    assert len(hooks.n) in (4, 8) and set(hooks.n)=={(4, 0)} and n_hooks(learn.model)==0
+
+def test_added_to_a_running_fit():
+    learn = learner(adam(fused=True))
+    def add(cb): cb.learn.add_cb(GradientRelease())
+    learn.fit(2, .01, cbs=At('before_epoch', add))
+    assert learn.opt.state_dict()['state'][0]['step']==8 and n_hooks(learn.model)==0
 
 @pytest.mark.parametrize('exc', [CancelFitException, KeyboardInterrupt])
 def test_interrupted_fit(exc):
@@ -444,6 +561,10 @@ ref = run('ordinary')
 for how in ('wrapped','view','late','refused'): assert torch.equal(run(how), ref), how
 m = nn.Linear(2, 1)
 opt = Ranger(m.parameters(), lr=.1)
+for kw in (dict(find_unused_parameters=True), dict(static_graph=True)):
+    try: prepare_for_gradient_release(DDP(m, **kw), opt)
+    except ValueError as e: assert 'find_unused_parameters' in str(e)
+    else: raise AssertionError('not refused')
 prepare_for_gradient_release(m, opt) # no DDP: each process for itself, as ever
 m(torch.ones(1, 2)).sum().backward()
 assert m.weight.grad is None

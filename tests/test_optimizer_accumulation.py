@@ -143,6 +143,22 @@ def test_one_group_without_momentum():
     a,b = nn.Parameter(torch.ones(2)),nn.Parameter(torch.ones(2))
     with pytest.raises(UnsupportedError): SGD([dict(params=[a], mom=.9), dict(params=[b], mom=0.)], lr=.1).optimizer_accumulation = True
 
+def test_the_check_is_made_once(monkeypatch):
+    from fastxtend_opt.engine import optimizer as eo
+    n,probe = [],eo._probe
+    monkeypatch.setattr(eo, '_probe', lambda *args: (n.append(1), probe(*args))[1])
+    opt = Adam([[nn.Parameter(torch.ones(2))] for _ in range(40)], lr=list(torch.linspace(.1, .2, 40).tolist()), fused=True)
+    for mom in (.95, .85):
+        opt.set_hyper('mom', mom)
+        opt.optimizer_accumulation = True; opt.optimizer_accumulation = False
+    assert len(n)==2
+    opt.set_hyper('mom', 0.)
+    with pytest.raises(UnsupportedError): opt.optimizer_accumulation = True
+    state = torch.get_rng_state()
+    def noisy_step(p, lr, **kwargs): p.data.add_(torch.randn_like(p) + p.grad, alpha=-lr)
+    with pytest.raises(UnsupportedError): NativeOptimizer([nn.Parameter(torch.ones(2))], [noisy_step], lr=.1).optimizer_accumulation = True
+    assert torch.equal(state, torch.get_rng_state())
+
 def test_not_of_ours():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(NotImplementedError, match="is not this package's|not to be had"): Lookahead(FastaiSGD([p], lr=.1)).optimizer_accumulation = True
@@ -182,6 +198,19 @@ def test_callback(mode, release):
     with backend_of(mode): learn.fit_one_cycle(2, .01, cbs=[OptimizerAccumulation(40), moves, *([GradientRelease()] if release else [])])
     assert moves.moved==[i%3==2 for i in range(16)]
     assert learn.opt.state_dict()['state'][0]['step']==16 and not learn.opt.optimizer_accumulation
+
+def test_predictions_inside_of_a_fit():
+    "They have the events of a fit, and leave the count alone"
+    class Preds(Callback):
+        run_valid = False
+        def after_epoch(self):
+            if not self.learn.lock.locked(): self.learn.get_preds()
+    class AllMoves(Moves):
+        def before_fit(self):
+            if not self.learn.lock.locked(): super().before_fit()
+    learn,moves = learner(adam(fused=True)),AllMoves()
+    learn.fit(2, .01, cbs=[OptimizerAccumulation(40), moves, Preds()])
+    assert moves.moved==[i%3==2 for i in range(16)]
 
 def test_callback_refuses():
     with pytest.raises(ValueError, match='were given together'): learner(adam()).fit(1, .1, cbs=[OptimizerAccumulation(32), GradientAccumulation(32)])

@@ -35,7 +35,7 @@ def lookahead_step(
         slow_p.add_(p.data-slow_p, alpha=la_alpha)
         p.data.copy_(slow_p)
 
-# %% ../../nbs/algorithms/lookahead.ipynb #47b84115
+# %% ../../nbs/algorithms/lookahead.ipynb #a02bb59f
 class Lookahead(_FastaiLookahead):
     "Lookahead (2019, arXiv 1907.08610) round any optimizer: fastai's own, one of the engines, or a wrapped torch optimizer"
     def __init__(self,
@@ -68,13 +68,14 @@ class Lookahead(_FastaiLookahead):
         "A step of the wrapped optimizer, and every `k`-th time a sync"
         if not self.one_pass: return super().step(closure)
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        extra = self._begin()
-        stepped = {id(p) for p in self._params() if p.grad is not None} if self._released or extra['la_sync'] else ()
+        (extra,before),self._pending = self._pending or (self._begin(), set()),None
+        stepped = {id(p) for p in self._params() if p.grad is not None} if self._released or extra['la_sync'] else set()
         if self._released and not stepped: return # each parameter was stepped when its gradient came
         self.opt.step(**extra)
-        self._end(extra, stepped)
+        self._end(extra, stepped | before)
 
     _released = False # Are the parameters stepped in the backward pass?
+    _pending = None # What a backward pass has begun, if parameters that it did not step are left for `step`
     def _begin(self):
         "What the steppers have to know of the step to come"
         return dict(la_sync=not self.optimizer_accumulation and (self.count+1)%self.k == 0, la_alpha=self.alpha)
@@ -86,7 +87,7 @@ class Lookahead(_FastaiLookahead):
         self.count += 1
         if extra['la_sync']: self._sync_rest(stepped)
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k != '_released'}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_released','_pending')}
 
     def _params(self): return [p for pg in self.param_lists for p in pg]
 

@@ -114,15 +114,17 @@ class Storage:
         if not (kahan or rounding or (self.state_dtype is not None and dtype is not torch.float64)): return None
         return LowPrecision(kahan, rounding, self.state_dtype or dtype, self.seed)
 
-# %% ../../nbs/engine/07_optimizer.ipynb #7f618a8e
+# %% ../../nbs/engine/07_optimizer.ipynb #b4dd3b62
 def _probe(cbs, hyper, sign):
     "Where three micro-batches whose gradients have this sign, and a whole step without a gradient, take a parameter"
     p = torch.nn.Parameter(torch.linspace(.5, 1, 8, dtype=torch.float64).view(2, 2, 2, 1))
     opt = NativeOptimizer([p], cbs, **{**hyper, 'lr':.01})
-    for i in range(4):
-        opt._accumulation = i < 3
-        p.grad = sign*(i+1)*torch.linspace(1, 2, 8, dtype=torch.float64).view_as(p)*(i < 3)
-        opt.step()
+    with torch.random.fork_rng([]): # steppers that draw numbers draw the same ones
+        torch.manual_seed(0)
+        for i in range(4):
+            opt._accumulation = i < 3
+            p.grad = sign*(i+1)*torch.linspace(1, 2, 8, dtype=torch.float64).view_as(p)*(i < 3)
+            opt.step()
     return p.detach()
 
 class Accumulates:
@@ -134,13 +136,17 @@ class Accumulates:
         return self._accumulation
     @optimizer_accumulation.setter
     def optimizer_accumulation(self, v):
-        if v and not self._accumulation: self._check_accumulation()
+        if v and not self._accumulation:
+            for h in self.hypers: self._check_accumulation(h)
         self._accumulation = bool(v)
 
-    def _check_accumulation(self):
-        for h in self.hypers:
-            hyper = {k:check_hyper(k, x) for k,x in h.items()}
-            if not torch.equal(_probe(self.cbs, hyper, 1), _probe(self.cbs, hyper, -1)): continue
+    def _check_accumulation(self, h):
+        "Try the steppers, once for each set of hyper-parameters that are 0"
+        hyper = {k:check_hyper(k, x) for k,x in h.items()}
+        key = tuple(self.cbs),tuple(k for k,x in hyper.items() if k not in ('lr','wd','max_lr') and x == 0)
+        known = self.__dict__.setdefault('_accumulates', {})
+        if key not in known: known[key] = not torch.equal(_probe(self.cbs, hyper, 1), _probe(self.cbs, hyper, -1))
+        if not known[key]:
             raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so that what micro-batches bring would be lost (a step depends on the direction of its own gradient alone). "
                 "Use an optimizer with momentum (mom > 0), or accumulate gradients.")
 

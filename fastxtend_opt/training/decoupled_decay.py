@@ -36,7 +36,7 @@ def peak_lrs(
     sched,n = cbs[-1].scheds['lr'],len(learn.opt.hypers) # the last one sets what the step gets
     return np.max([_spread(sched(o), n) for o in _pcts(learn, cbs[-1])], axis=0).tolist()
 
-# %% ../../nbs/training/decoupled_decay.ipynb #9db01be0
+# %% ../../nbs/training/decoupled_decay.ipynb #bc0aec6c
 class MaxLR(Callback):
     "Sets `max_lr` of an optimizer with `decouple_lr=True` to the peak of each fit's schedule, unless it was given"
     order,run_valid = ParamScheduler.order+1,False
@@ -54,4 +54,4 @@ class MaxLR(Callback):
     def before_batch(self):
         "Raise it to a learning rate that came from elsewhere"
         for h in self._groups():
-            if h['lr']>h['max_lr']: h['max_lr'] = float(h['lr'])
+            if h['lr']>h.get('max_lr', float('inf')): h['max_lr'] = float(h['lr'])

@@ -43,16 +43,18 @@ class _Unwrapped:
         raise RuntimeError("gradient release: DistributedDataParallel was put round a model that was prepared before: gradients would be used before they are reduced. Call prepare_for_gradient_release(ddp_model, opt) after it.")
     step = remove
 
-# %% ../../nbs/training/gradient_release.ipynb #24b72998
+# %% ../../nbs/training/gradient_release.ipynb #76684945
 class _Release:
     "Steps the parameters of `opt` in the backward pass"
     def __init__(self, model, opt, inner):
         self.outer,self.inner,self.lists = weakref.ref(opt),weakref.ref(inner),[list(pg) for pg in inner.param_lists]
-        self.on,self.task,self.lock,self.traces,self.stepped,self.extra,self.hypers = True,None,threading.Lock(),{},set(),{},None
+        self.on,self.task,self.lock,self.traces,self.stepped,self.extra,self.hypers,self.state = True,None,threading.Lock(),{},set(),{},None,None
         self.state_name = '_state' if isinstance(inner, TapeOptimizer) else 'state'
         self.ones,self.handles,self.ddps,self.params,self.mark,self.distributed = {},[],[],[],_Unwrapped(),_distributed()
         mine = {id(p):i for i,pg in enumerate(self.lists) for p in pg}
-        self.params = [p for p in model.parameters() if id(p) in mine]
+        self.params = [p for p in model.parameters() if id(p) in mine and p.is_floating_point()]
+        ids = {id(p) for p in self.params}
+        self.others = [p for pg in self.lists for p in pg if id(p) not in ids]
         for p in self.params: self.ones[id(p)] = self._one(inner, p),mine[id(p)]
         self.ddps = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
         if self.ddps: self._register_ddp()
@@ -80,6 +82,8 @@ class _Release:
     def _register_ddp(self):
         "A bucket of gradients is reduced, and then its parameters are stepped"
         for m in self.ddps:
+            if m.find_unused_parameters or m.static_graph: raise ValueError("gradient release: DistributedDataParallel with find_unused_parameters or static_graph tells only at the end of the backward pass which gradients are real. Wrap the model without them.")
+        for m in self.ddps:
             if (state := getattr(m, '_gradient_release', None)) is None:
                 state = m._gradient_release = _Bucket()
                 m.register_comm_hook(state, _reduce_and_step)
@@ -91,7 +95,7 @@ class _Release:
         for p in self.params:
             if any(o is self.mark for o in getattr(p, '_in_backward_optimizers', ())): del p._in_backward_optimizers
         for m in self.ddps:
-            if m._gradient_release.release() is self: m._gradient_release.release = _nobody
+            if (state := getattr(m, '_gradient_release', None)) and state.release() is self: state.release = _nobody
 
     def remove(self):
         self._unhook()
@@ -106,12 +110,13 @@ class _Release:
         if self.task != (task := _task()): self._begin(inner, task)
         one,group = self.ones[id(p)]
         d,src = one.__dict__,inner.__dict__
-        d[self.state_name],d['cbs'],d['_accumulation'],d['storage'] = src[self.state_name],src['cbs'],inner._accumulation,inner.storage
+        d['cbs'],d['_accumulation'],d['storage'] = src['cbs'],inner._accumulation,inner.storage
         if self.hypers is None: d['hypers'],args = [inner.hypers[group]],(self.extra,)
         else: args = self.extra,[self.hypers[group]]
         if torch.is_grad_enabled(): # with create_graph=True
             with torch.no_grad(): one._step(*args)
         else: one._step(*args)
+        if self.hypers is None: torch.autograd.graph.increment_version([p]) # steppers write to `p.data`, which autograd doesn't see
         self.stepped.add(id(p))
         if free: p.grad = None
 
@@ -128,6 +133,9 @@ class _Release:
             outer = self.outer()
             self.stepped.clear(); self.traces.clear()
             self.hypers = inner._hypers() if isinstance(inner, TapeOptimizer) else None
+            if self.state is not (state := inner.__dict__[self.state_name]): # loaded or cleared: nothing may keep the old one
+                self.state = state
+                for one,_ in self.ones.values(): one.__dict__.update({self.state_name: state, '_plan': None})
             self.extra = outer._begin() if isinstance(outer, Lookahead) else {}
             torch.autograd.Variable._execution_engine.queue_callback(partial(_end_of, weakref.ref(self), task))
             self.task = task
@@ -139,7 +147,9 @@ class _Release:
         if self.ddps: # which writes the reduced gradients back now
             for p in self.params:
                 if id(p) in self.stepped: p.grad = None
-        if isinstance(outer := self.outer(), Lookahead): outer._end(self.extra, self.stepped)
+        if isinstance(outer := self.outer(), Lookahead):
+            if any(p.grad is not None for p in self.others): outer._pending = self.extra,set(self.stepped) # it counts when these are stepped
+            else: outer._end(self.extra, self.stepped)
         self.traces.clear()
 
 def _end_of(ref, task, again=True):
@@ -168,7 +178,7 @@ def _reduce_and_step(state, bucket):
 
 def _distributed(): return dist.is_available() and dist.is_initialized()
 
-# %% ../../nbs/training/gradient_release.ipynb #8d9a4a3f
+# %% ../../nbs/training/gradient_release.ipynb #49c2fae1
 def prepare_for_gradient_release(
     model:nn.Module, # Model to train; with several processes, `DistributedDataParallel` may be round it already or come later
     opt:Optimizer # Its optimizer, of any algorithm and mode of this package
@@ -202,12 +212,14 @@ def keep_gradients(
     opt:Optimizer # An optimizer that steps in the backward pass, or not
 ):
     "Within the block, backward passes leave the gradients in place and step nothing"
-    if (r := _releases.get(opt)) is None: yield; return
-    r.on = False
+    rs = [r for r in _releases.values() if opt in (r.outer(), r.inner())]
+    before = [r.on for r in rs]
+    for r in rs: r.on = False
     try: yield
-    finally: r.on = True
+    finally:
+        for r,on in zip(rs, before): r.on = on
 
-# %% ../../nbs/training/gradient_release.ipynb #2a990b79
+# %% ../../nbs/training/gradient_release.ipynb #041afb74
 class UndoneCallback(Callback):
     "A callback whose work on optimizer or model is undone (by its `_undo`) when it leaves its `Learner`, also by an exception"
     @property
@@ -217,24 +229,33 @@ class UndoneCallback(Callback):
         if v is None and self.learn is not None: self._undo()
         self.__dict__['learn'] = v
 
+def _fitting(learn): return learn.opt is not None and not learn.lock.locked() # `validate` and `get_preds` have the events of a fit too, and hold the lock
+
 class GradientRelease(UndoneCallback):
     "Steps each parameter in the backward pass and frees its gradient"
     order,run_valid = 12,False # after `MixedPrecision` (10) and `DistributedTrainer` (11)
     def __init__(self): super().__init__()
 
+    _prepared = staticmethod(lambda: None) # The optimizer that steps in the backward pass
     def before_fit(self):
+        if not _fitting(self.learn): return
         self._check()
         self._prepare()
 
     def _prepare(self):
+        remove_gradient_release(self.learn.model) # an older optimizer may be alive still
         prepare_for_gradient_release(self.learn.model, self.learn.opt)
         self._prepared = weakref.ref(self.learn.opt)
 
     def before_batch(self):
         if self._prepared() is not self.learn.opt: self._prepare() # a new optimizer in the middle of a fit
 
-    def after_fit(self): self._undo()
-    def _undo(self): remove_gradient_release(self.learn.model)
+    def after_fit(self):
+        if _fitting(self.learn): self._undo()
+
+    def _undo(self):
+        remove_gradient_release(self.learn.model)
+        self.__dict__.pop('_prepared', None)
 
     def _check(self):
         cbs,why = self.learn.cbs,None

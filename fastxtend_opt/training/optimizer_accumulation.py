@@ -11,7 +11,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import find_bs
 from .gradient_release import GradientRelease, UndoneCallback
 
-# %% ../../nbs/training/optimizer_accumulation.ipynb #1a60801d
+# %% ../../nbs/training/optimizer_accumulation.ipynb #f31bc863
 class OptimizerAccumulation(UndoneCallback):
     "Takes micro-batches into the optimizer's state, and steps after every `n_acc` samples"
     order,run_valid = MixedPrecision.order-4,False
@@ -21,7 +21,9 @@ class OptimizerAccumulation(UndoneCallback):
         if not n_acc >= 1: raise ValueError(f"n_acc={n_acc!r}: it is the number of samples of a step, 1 or more.")
         self.n_acc = n_acc
 
+    count = 0 # Samples since the last whole step
     def before_fit(self):
+        if self.learn.lock.locked(): return # `validate` or `get_preds`
         self.count = 0
         if any(isinstance(cb, GradientAccumulation) for cb in self.learn.cbs): raise ValueError("OptimizerAccumulation and GradientAccumulation were given together: leave out GradientAccumulation.")
         self._set(True); self._set(False) # an optimizer that can't do it says so now
@@ -32,7 +34,9 @@ class OptimizerAccumulation(UndoneCallback):
         if self.count >= self.n_acc: self.count = 0
 
     def after_batch(self): self._set(False)
-    def after_fit(self): self._set(False)
+    def after_fit(self):
+        if not self.learn.lock.locked(): self._set(False)
+
     def _undo(self): self._set(False)
 
     def _set(self, v):
