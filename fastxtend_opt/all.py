@@ -26,6 +26,7 @@ from .algorithms.adan import *
 from .algorithms.lion import *
 from .algorithms.stableadam import *
 from .algorithms.sophia import *
+from .algorithms.schedulefree import *
 from .training.schedule import *
 from .training.decoupled_decay import *
 from .training.low_precision import *

@@ -150,7 +150,7 @@ class Accumulates:
             raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so that what micro-batches bring would be lost (a step depends on the direction of its own gradient alone). "
                 "Use an optimizer with momentum (mom > 0), or accumulate gradients.")
 
-# %% ../../nbs/engine/07_optimizer.ipynb #1d0c4acd
+# %% ../../nbs/engine/07_optimizer.ipynb #f776200e
 class TapeOptimizer(Accumulates, Optimizer):
     "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
     _sort = None # What cohorts are sorted by beside dtypes and state
@@ -206,7 +206,11 @@ class TapeOptimizer(Accumulates, Optimizer):
     ):
         "Step all parameters that have a gradient"
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+        self._check_step()
         self._step(extra)
+
+    def _check_step(self):
+        "The place for a reason not to step: an exception"
 
     def _step(self, extra, hypers=None):
         try: work = self._trace(extra, hypers)
@@ -299,7 +303,7 @@ class JitOptimizer(TapeOptimizer):
     def _run(self, work):
         for c,tape,_ in work: run_script(tape, c.tensors())
 
-# %% ../../nbs/engine/07_optimizer.ipynb #28bbc5f5
+# %% ../../nbs/engine/07_optimizer.ipynb #9b77e8f3
 class _Watched(torch.Tensor):
     "A tensor whose `data` is itself, so that its version tells whether a stepper has written to it"
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -315,7 +319,11 @@ class NativeOptimizer(Accumulates, Optimizer):
     ):
         "Step all parameters that have a gradient"
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+        self._check_step()
         self._step(extra)
+
+    def _check_step(self):
+        "The place for a reason not to step: an exception"
 
     def _step(self, extra):
         some = self._harmless(extra) if self._accumulation else {}

@@ -43,7 +43,7 @@ class _Unwrapped:
         raise RuntimeError("gradient release: DistributedDataParallel was put round a model that was prepared before: gradients would be used before they are reduced. Call prepare_for_gradient_release(ddp_model, opt) after it.")
     step = remove
 
-# %% ../../nbs/training/gradient_release.ipynb #76684945
+# %% ../../nbs/training/gradient_release.ipynb #b36770d5
 class _Release:
     "Steps the parameters of `opt` in the backward pass"
     def __init__(self, model, opt, inner):
@@ -130,6 +130,7 @@ class _Release:
                 raise RuntimeError("gradient release: torch.distributed was set up after the model was prepared. Call prepare_for_gradient_release after init_process_group.")
             if [list(map(id, pg)) for pg in self.lists] != [list(map(id, pg)) for pg in inner.param_lists]:
                 raise RuntimeError("gradient release: the optimizer has other parameters than when it was prepared. Call prepare_for_gradient_release again.")
+            inner._check_step()
             outer = self.outer()
             self.stepped.clear(); self.traces.clear()
             self.hypers = inner._hypers() if isinstance(inner, TapeOptimizer) else None
