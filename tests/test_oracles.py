@@ -44,6 +44,14 @@ REFS = {
     'lion':    (lambda t,h,lam: R.Lion(t, h['beta1'], h['beta2'], lam), dict(grad_avg='m'), [dict(beta1=.9, beta2=.99), dict(beta1=.95, beta2=.8)]),
     'stableadam': (lambda t,h,lam: R.StableAdamW(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='v', sqr_avg='u', step='t'),
                 [dict(mom=.9, sqr_mom=.99, eps=1e-6), dict(mom=.5, sqr_mom=.9, eps=1e-2), dict(mom=0., sqr_mom=.999, eps=1e-6)]),
+    'sgd_schedulefree': (lambda t,h,lam: R.SGDScheduleFree(t, h['beta'], lam, h['warmup_steps'], h['r'], h['weight_lr_power']), dict(z='z', step='t', weight_sum='W', lr_max='gamma_max'),
+                [dict(beta=.9, warmup_steps=0, r=0., weight_lr_power=2.), dict(beta=.98, warmup_steps=10, r=1.5, weight_lr_power=1.)]),
+    'adamw_schedulefree': (lambda t,h,lam: R.AdamWScheduleFree(t, h['beta'], h['sqr_mom'], h['eps'], lam, h['warmup_steps'], h['r'], h['weight_lr_power']),
+                dict(z='z', sqr_avg='v', step='t', weight_sum='W', lr_max='gamma_max'),
+                [dict(beta=.9, sqr_mom=.999, eps=1e-8, warmup_steps=0, r=0., weight_lr_power=2.), dict(beta=.5, sqr_mom=.9, eps=1e-3, warmup_steps=10, r=1., weight_lr_power=0.)]),
+    'radam_schedulefree': (lambda t,h,lam: R.RAdamScheduleFree(t, h['beta'], h['sqr_mom'], h['eps'], lam, h['r'], h['weight_lr_power'], h['silent_sgd_phase']),
+                dict(z='z', sqr_avg='v', step='t', weight_sum='W', lr_max='gamma_max'),
+                [dict(beta=.9, sqr_mom=.999, eps=1e-8, r=0., weight_lr_power=2., silent_sgd_phase=True), dict(beta=.95, sqr_mom=.9, eps=1e-3, r=.5, weight_lr_power=1., silent_sgd_phase=False)]),
     'sophia':  (lambda t,h,lam: R.SophiaG(t, h['mom'], h['hess_mom'], h['rho'], h['eps'], lam), dict(grad_avg='exp_avg', hessian='hessian'),
                 [dict(mom=.965, hess_mom=.99, rho=.04, eps=1e-15), dict(mom=.8, hess_mom=.9, rho=.5, eps=1.)])} # with update_hessian: below
 DECAYS = {'none': dict(wd=0., decouple_wd=True), 'decoupled': dict(wd=.1, decouple_wd=True), 'L2': dict(wd=.1, decouple_wd=False)}
@@ -51,7 +59,7 @@ FASTAI = dict(sgd='SGD', rmsprop='RMSProp', adam='Adam', radam='RAdam', qhadam='
 CASES = [(n,i) for n,o in REFS.items() for i in range(len(o[2]))]
 FASTAI_CASES = [(n,i) for n,i in CASES if n in FASTAI]
 SOURCES = [('fastai',*c) for c in FASTAI_CASES] + [('ours',*c) for c in CASES]
-NO_L2 = ('adan','lion','sophia') # their decay is decoupled, always
+NO_L2 = ('adan','lion','sophia','sgd_schedulefree','adamw_schedulefree','radam_schedulefree') # their decay is decoupled, always
 
 def hypers_of(name, h, decay):
     "The hypers of a case with those of a decay, or a skip"

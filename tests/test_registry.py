@@ -16,7 +16,8 @@ from fastxtend_opt.engine.registry import (CATEGORIES, KINDS, MODES, OPTIONS, Op
 
 ROWS = list_optimizers()
 NAMES = ('adam','adan','lamb','larc','lion','qhadam','radam','ranger','rmsprop','sgd','sophia','stableadam')
-NO_L2 = ('adan','lion','sophia') # their decay is decoupled, always
+FREE = ('adamw_schedulefree','radam_schedulefree','sgd_schedulefree')
+NO_L2 = ('adan','lion','sophia',*FREE) # their decay is decoupled, always
 FLAGS = [m for m in MODES if m!='native']
 every = pytest.mark.parametrize('row', ROWS, ids=lambda r: r.name)
 
@@ -32,7 +33,7 @@ def test_all_are_registered(): assert set(NAMES) <= {r.name for r in ROWS}
 
 @every
 def test_row_is_complete(row):
-    assert isinstance(row, OptimizerInfo) and row.name==row.func.__name__.lower()
+    assert isinstance(row, OptimizerInfo) and row.name.replace('_','')==row.func.__name__.lower()
     assert row.category in CATEGORIES and row.kind in KINDS and set(row.modes) <= set(MODES)
     assert row.title and row.paper and 1950 < row.year <= 2026
     assert re.fullmatch(r'\d{4}\.\d{4,5}', row.arxiv or '0000.00000')
@@ -92,10 +93,10 @@ def test_signature_order(row):
     n = len(OPTIONS)
     assert ps[:2]==['params','lr'] and tuple(ps[-n:])==OPTIONS and OPTIONS[:3]==('foreach','jit','fused')
     assert ('decouple_wd' not in ps) if row.name in NO_L2 else ps[-n-1]=='decouple_wd'
-    common = [p for p in ps if p in ('mom','sqr_mom','eps','wd','beta','decouple_wd')]
+    common = [p for p in ps[3 if row.name in FREE else 0:] if p in ('mom','sqr_mom','eps','wd','beta','decouple_wd')]
     assert common==sorted(common, key=['mom','sqr_mom','eps','wd','beta','decouple_wd'].index)
     sig = inspect.signature(row.func).parameters
-    assert all(sig[m].default is False for m in FLAGS) and sig['lr'].default is inspect.Parameter.empty
+    assert all(sig[m].default is False for m in FLAGS) and (row.name in FREE or sig['lr'].default is inspect.Parameter.empty) # schedule-free learning rates are unlike others, so that they have defaults
 
 @every
 def test_every_parameter_has_a_docment(row):
@@ -173,14 +174,14 @@ def test_pick_mode(): assert [pick_mode(), *(pick_mode(**{m:True}) for m in FLAG
 @every
 def test_no_flag_steps_as_fastais_optimizer(row):
     opt = inner(row.func(params(), .1))
-    assert type(opt) is NativeOptimizer and isinstance(opt, Optimizer) and not isinstance(opt, TapeOptimizer)
+    assert isinstance(opt, NativeOptimizer) and (row.name in FREE or type(opt) is NativeOptimizer) and not isinstance(opt, TapeOptimizer)
 
 @pytest.mark.parametrize('mode', FLAGS)
 @every
 def test_flag_picks_the_engine(row, mode):
     cls = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer)[mode]
     opt = row.func(params(), .1, **{mode:True})
-    assert type(inner(opt)) is cls and isinstance(opt, Optimizer) and opt # never falsy
+    assert isinstance(inner(opt), cls) and (row.name in FREE or type(inner(opt)) is cls) and isinstance(opt, Optimizer) and opt # never falsy
 
 @every
 def test_unknown_keyword_is_pythons_typeerror(row): assert outcome(lambda: row.func(params(), .1, weight_decay=.1))[0] is TypeError
@@ -188,7 +189,7 @@ def test_unknown_keyword_is_pythons_typeerror(row): assert outcome(lambda: row.f
 # ---------------------------------------------------------------- hyperparameters
 nan,inf = float('nan'),float('inf')
 BAD = dict(lr=(nan,inf,-1e-3,'fast',None,True,1j), eps=(-1e-8,nan,inf), wd=(-.1,nan,inf), mom=(1.,1.5,-.1,nan), sqr_mom=(1.,-.1,nan),
-           nu_1=(nan,inf), nu_2=(-inf,), trust_coeff=(0.,-1.,nan), rho=(0.,-1.,nan,inf), **{k:(1.,-.1,nan) for k in ('beta1','beta2','beta3','hess_mom')}, k=(0,-1,2.5,nan,True), alpha=(0.,1.5,-.1,nan), beta=(-1.,inf))
+           nu_1=(nan,inf), nu_2=(-inf,), trust_coeff=(0.,-1.,nan), rho=(0.,-1.,nan,inf), **{k:(1.,-.1,nan) for k in ('beta1','beta2','beta3','hess_mom')}, warmup_steps=(-1,2.5,nan,True), r=(nan,inf), weight_lr_power=(-1.,nan,inf), k=(0,-1,2.5,nan,True), alpha=(0.,1.5,-.1,nan), beta=(-1.,inf))
 def cases():
     for r in ROWS:
         for k in ('lr',*r.hypers):
@@ -208,7 +209,7 @@ def test_every_hyperparameter_has_a_range(row):
 
 @every
 def test_edges_of_the_ranges_are_allowed(row):
-    edge = dict(eps=0, wd=0, mom=0, sqr_mom=0, nu_1=-.5, nu_2=1.5, k=1, alpha=1, beta=0, trust_coeff=1e-9, beta1=0, beta2=0, beta3=0, hess_mom=0, rho=1e-9)
+    edge = dict(eps=0, wd=0, mom=0, sqr_mom=0, nu_1=-.5, nu_2=1.5, k=1, alpha=1, beta=.1 if row.name in FREE else 0, trust_coeff=1e-9, beta1=0, beta2=0, beta3=0, hess_mom=0, rho=1e-9)
     row.func(params(), 0., **{k:v for k,v in edge.items() if k in row.hypers})
 
 def test_valid_hyper_of_an_unknown_name():

@@ -9,7 +9,7 @@ __all__ = ['sgd_schedulefree', 'adamw_schedulefree', 'radam_schedulefree', 'star
            'AdamWScheduleFree', 'RAdamScheduleFree', 'ScheduleFree', 'schedule_free', 'ScheduleFreeMode',
            'averaged_weights', 'recalibrate_bn']
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #07cda80b
+# %% ../../nbs/algorithms/schedulefree.ipynb #87527a29
 from contextlib import contextmanager
 from functools import partial, wraps
 from warnings import warn
@@ -21,7 +21,7 @@ from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
 from ..engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer
-from ..engine.registry import make_optimizer, as_groups, decays_weights, factory, group_values, options, register
+from ..engine.registry import Within, make_optimizer, decays_weights, factory, group_values, hyper_ranges, options, register
 from .lion import lion_average, lion_step
 from .stableadam import debiased_averages, debiased_mom
 
@@ -142,11 +142,13 @@ def radam_schedulefree_step(
     _move(p, z, _decayed(p, u, wd, do_wd), lr, beta, c)
     return new
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #8af29222
+# %% ../../nbs/algorithms/schedulefree.ipynb #0ca279fb
 class ScheduleFreeOptimizer:
     "What schedule-free optimizers have beside the optimizer of their mode"
     _averaged = False # Are the averaged weights in the parameters?
-    learner_cbs = ()
+    @property
+    def learner_cbs(self): return (*self.__dict__.get('learner_cbs', ()), ScheduleFreeMode)
+
     def _each(self, key):
         "Parameters that have `key` in their state, their state and `beta`"
         for pg,h in zip(self.param_lists, self.hypers):
@@ -166,7 +168,7 @@ class ScheduleFreeOptimizer:
         "Put the averaged weights (x) into the parameters, if they aren't there"
         if self._averaged: return self
         for p,st,beta in self._each('z'):
-            st['y'] = p.detach().clone()
+            st['y'],st['y_beta'] = p.detach().clone(),float(beta)
             p.copy_(self._average(p, st['y'], st, beta))
         self._averaged = True
         return self
@@ -178,8 +180,8 @@ class ScheduleFreeOptimizer:
         "Put the training weights (y) into the parameters, if they aren't there"
         if not mode: return self.eval()
         if not self._averaged: return self
-        for p,st,beta in self._each('y'):
-            y = st.pop('y')
+        for p,st,_ in self._each('y'):
+            y,beta = st.pop('y'),st.pop('y_beta')
             x = self._average(p, y, st, beta)
             if torch.equal(p, x): p.copy_(y)
             else: # somebody has changed the weights: y and z go with them
@@ -201,9 +203,14 @@ class ScheduleFreeOptimizer:
         super().clear_state()
         self._averaged = False
 
+    def state_dict(self):
+        "State and hyper-parameters; `train` and `eval` leave the dicts of it alone"
+        sd = super().state_dict()
+        return {**sd, 'state': [dict(s) for s in sd['state']]}
+
     def load_state_dict(self, sd):
         "Load `sd`, with the weights in the model that were there when it was made"
-        super().load_state_dict(sd)
+        super().load_state_dict({**sd, 'state': [dict(s) for s in sd['state']]} if isinstance(sd, dict) and all(isinstance(s, dict) for s in sd.get('state', ())) else sd)
         self._averaged = any(True for _ in self._each('y'))
 
 class NativeScheduleFree(ScheduleFreeOptimizer, NativeOptimizer): "Schedule-free, native mode"
@@ -213,15 +220,14 @@ class FusedScheduleFree(ScheduleFreeOptimizer, FusedOptimizer): "Schedule-free, 
 
 _classes = {NativeOptimizer:NativeScheduleFree, ForEachOptimizer:ForEachScheduleFree, JitOptimizer:JitScheduleFree, FusedOptimizer:FusedScheduleFree}
 
-def _schedule_free(opt, beta, warmup_steps=0):
-    "Give `opt` the methods of a schedule-free optimizer"
-    for v in group_values('beta', beta, len(opt.param_lists)):
+def _schedule_free(opt, key='beta'):
+    "Give `opt` the methods of a schedule-free optimizer; `key` is what it calls beta"
+    for v in (h[key] for h in opt.hypers):
         if not 0 < v < 1: raise ValueError(f"beta={v!r} is out of range: it must be a finite number in (0, 1). It is the share of the averaged weights in those that are trained, .9 to .98 as a rule.")
     opt.__class__ = _classes[type(opt)]
-    opt.learner_cbs = (*getattr(opt, 'learner_cbs', ()), ScheduleFreeMode)
     return opt
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #7f9ea9f7
+# %% ../../nbs/algorithms/schedulefree.ipynb #1f0f1334
 @options
 def SGDScheduleFree(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -235,7 +241,7 @@ def SGDScheduleFree(
 )->Optimizer:
     "Schedule-free SGD"
     opt = make_optimizer(params, [start_at_weights, step_stat, sgd_schedulefree_step], lr=lr, beta=beta, wd=wd, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power, **kwargs)
-    return _schedule_free(opt, beta)
+    return _schedule_free(opt)
 
 @options
 def AdamWScheduleFree(
@@ -253,7 +259,7 @@ def AdamWScheduleFree(
     "Schedule-free AdamW"
     cbs = [start_at_weights, step_stat, average_sqr_grad, adamw_schedulefree_step]
     opt = make_optimizer(params, cbs, lr=lr, beta=beta, sqr_mom=sqr_mom, eps=eps, wd=wd, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power, **kwargs)
-    return _schedule_free(opt, beta)
+    return _schedule_free(opt)
 
 @options
 def RAdamScheduleFree(
@@ -269,21 +275,23 @@ def RAdamScheduleFree(
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Schedule-free RAdam, which needs no warmup"
-    cbs = [start_at_weights, step_stat, average_sqr_grad, radam_schedulefree_step]
-    opt = make_optimizer(params, cbs, lr=lr, beta=beta, sqr_mom=sqr_mom, eps=eps, wd=wd, r=r, weight_lr_power=weight_lr_power, silent_sgd_phase=silent_sgd_phase, **kwargs)
-    return _schedule_free(opt, beta)
+    cbs = [start_at_weights, step_stat, average_sqr_grad, partial(radam_schedulefree_step, silent_sgd_phase=silent_sgd_phase)]
+    opt = make_optimizer(params, cbs, lr=lr, beta=beta, sqr_mom=sqr_mom, eps=eps, wd=wd, r=r, weight_lr_power=weight_lr_power, **kwargs)
+    return _schedule_free(opt)
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #5ce50ed3
+# %% ../../nbs/algorithms/schedulefree.ipynb #016ca6c4
 _paper = dict(paper='The Road Less Scheduled', year=2024, arxiv='2405.15682', authors='Defazio et al.', page='algorithms/schedulefree.html', needs='train() and eval(), which a Learner calls by itself',
     settings=(('coming from a schedule', 'SGD: `lr` 10 to 50 times as high, AdamW: 1 to 10 times', 'its [package](https://github.com/facebookresearch/schedule_free)'),
               ('`beta`', '.9; .95 or .98 for very long training', '2405.15682'),
               ('warmup', '`warmup_steps` of some 5% of what you think the training will be', '2405.15682')))
-register(SGDScheduleFree, title='Schedule-free SGD', category='fixed', kind='elementwise', state=('z',), oracle='schedulefree.SGDScheduleFree', **_paper)
-register(AdamWScheduleFree, title='Schedule-free AdamW', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.AdamWScheduleFree', **_paper)
-register(RAdamScheduleFree, title='Schedule-free RAdam', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.RAdamScheduleFree', **_paper)
+hyper_ranges.update(warmup_steps=Within(0, whole=True, tip='It is the number of steps until `lr` is reached, 0 for no warmup.'), r=Within(tip='0 is the default: no more weight to late steps.'),
+    weight_lr_power=Within(0, tip='2 is the default, 0 gives all learning rates the same weight.'))
+register(SGDScheduleFree, name='sgd_schedulefree', title='Schedule-free SGD', category='fixed', kind='elementwise', state=('z',), oracle='schedulefree.SGDScheduleFree', **_paper)
+register(AdamWScheduleFree, name='adamw_schedulefree', title='Schedule-free AdamW', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.AdamWScheduleFree', **_paper)
+register(RAdamScheduleFree, name='radam_schedulefree', title='Schedule-free RAdam', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.RAdamScheduleFree', **_paper)
 sgd_schedulefree,adamw_schedulefree,radam_schedulefree = map(factory, (SGDScheduleFree, AdamWScheduleFree, RAdamScheduleFree))
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #da314a3c
+# %% ../../nbs/algorithms/schedulefree.ipynb #5a621c9c
 def _no_average(p, **kwargs):
     "The gradient itself in the place of its average"
     return {'grad_avg': p.grad.data.clone()}
@@ -339,7 +347,7 @@ def ScheduleFree(
     n = len(opt.param_lists)
     opt.cbs = L(start_at_weights, _count_steps, _Interpolated(opt.cbs))
     for k,v in dict(beta=beta, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power).items(): opt.set_hyper(f'sf_{k}', group_values(k, v, n))
-    return _schedule_free(opt, beta)
+    return _schedule_free(opt, 'sf_beta')
 
 def schedule_free(
     opt_func, # What a `Learner` takes as `opt_func`: `adam(fused=True)`
@@ -349,7 +357,7 @@ def schedule_free(
     return partial(_wrap, opt_func, kwargs)
 def _wrap(opt_func, kwargs, params, **hypers): return ScheduleFree(opt_func(params, **hypers), **kwargs)
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #62b358ee
+# %% ../../nbs/algorithms/schedulefree.ipynb #0e18dc46
 def _free(opt): return isinstance(opt, ScheduleFreeOptimizer)
 
 class ScheduleFreeMode(Callback):
@@ -360,10 +368,11 @@ class ScheduleFreeMode(Callback):
         n_batches:int=50 # How many
     ):
         super().__init__()
-        self.recalibrate,self.n_batches = recalibrate,n_batches
+        self.recalibrate,self.n_batches,self.trained = recalibrate,n_batches,[] # for each validation that is running: was it called while training?
 
     def before_fit(self):
         if not _free(self.learn.opt) or self.learn.lock.locked(): return
+        self.trained = []
         if any(isinstance(cb, ParamScheduler) and not isinstance(cb, LRFinder) and 'lr' in cb.scheds for cb in self.learn.cbs):
             warn("A schedule-free optimizer is trained with a schedule of the learning rate (fit_one_cycle?). It needs none: use learn.fit, and warmup_steps for a warmup.")
 
@@ -371,16 +380,17 @@ class ScheduleFreeMode(Callback):
         if _free(self.learn.opt): self.learn.opt.train()
     def after_train(self):
         if _free(self.learn.opt): self.learn.opt.eval()
+    after_cancel_fit = after_train
 
     def before_validate(self):
         if not _free(self.learn.opt): return
-        self.was_training = not self.learn.opt._averaged
+        self.trained.append(not self.learn.opt._averaged)
         self.learn.opt.eval()
         if self.recalibrate and not self.learn.lock.locked(): recalibrate_bn(self.learn, self.n_batches)
     def after_validate(self):
-        if _free(self.learn.opt) and self.was_training: self.learn.opt.train()
+        if _free(self.learn.opt) and self.trained and self.trained.pop(): self.learn.opt.train() # `LRFinder` cancels a validation before it is counted
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #97a474f9
+# %% ../../nbs/algorithms/schedulefree.ipynb #e628f603
 @contextmanager
 def averaged_weights(
     opt # An optimizer, schedule-free or not, or None
@@ -392,7 +402,7 @@ def averaged_weights(
     finally: opt.train()
 
 def _wrapped(name, f):
-    if getattr(f, '_schedule_free', False): return
+    if getattr(f, '_schedule_free', False): f = f.__wrapped__ # this module's own, from before a reload
     if name=='fit':
         @wraps(f)
         def _inner(self, *args, **kwargs):
@@ -402,10 +412,14 @@ def _wrapped(name, f):
     else:
         @wraps(f)
         def _inner(self, *args, **kwargs):
-            with averaged_weights(self.opt): return f(self, *args, **kwargs)
+            training = _free(self.opt) and not self.opt._averaged
+            if training: self.opt.eval()
+            try: return f(self, *args, **kwargs)
+            finally:
+                if training and _free(self.opt): self.opt.train() # `export` has made another optimizer
     _inner._schedule_free = True
     setattr(Learner, name, _inner)
-for _n in ('fit','save','export'): _wrapped(_n, getattr(Learner, _n))
+for _n in ('fit','save','load','export'): _wrapped(_n, getattr(Learner, _n))
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #54895594
 @torch.no_grad()

@@ -21,7 +21,7 @@ from .triton import triton_interpreted, triton_kernel
 from .fused import AddressTable, KernelLaunch, TritonLaunch, aligned_addresses, fused_sort, warm_triton
 
 # %% auto #0
-__all__ = ['OptimState', 'check_hyper', 'shared_params', 'Storage', 'Accumulates', 'TapeOptimizer', 'ForEachOptimizer',
+__all__ = ['OptimState', 'check_hyper', 'shared_params', 'Storage', 'StepOptimizer', 'TapeOptimizer', 'ForEachOptimizer',
            'JitOptimizer', 'NativeOptimizer', 'fused_backend', 'FusedOptimizer']
 
 # %% ../../nbs/engine/07_optimizer.ipynb #ef589b12
@@ -114,7 +114,7 @@ class Storage:
         if not (kahan or rounding or (self.state_dtype is not None and dtype is not torch.float64)): return None
         return LowPrecision(kahan, rounding, self.state_dtype or dtype, self.seed)
 
-# %% ../../nbs/engine/07_optimizer.ipynb #b4dd3b62
+# %% ../../nbs/engine/07_optimizer.ipynb #c2fca660
 def _probe(cbs, hyper, sign):
     "Where three micro-batches whose gradients have this sign, and a whole step without a gradient, take a parameter"
     p = torch.nn.Parameter(torch.linspace(.5, 1, 8, dtype=torch.float64).view(2, 2, 2, 1))
@@ -127,9 +127,24 @@ def _probe(cbs, hyper, sign):
             opt.step()
     return p.detach()
 
-class Accumulates:
-    "Switches an optimizer to steps that only take in the gradient"
+class StepOptimizer(Optimizer):
+    "A fastai `Optimizer` whose step takes further arguments of the steppers, and may take the gradient into the state alone"
     _accumulation = False
+    @torch.no_grad()
+    def step(self,
+        closure=None, # Not supported, as in fastai
+        **extra # Further arguments of the steppers, for this step only
+    ):
+        "Step all parameters that have a gradient"
+        if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
+        self._check_step()
+        self._step(extra)
+
+    def _check_step(self):
+        "The place for a reason not to step: an exception"
+
+    def _step(self, extra): raise NotImplementedError
+
     @property
     def optimizer_accumulation(self) -> bool:
         "Does a step go into the state alone? Steppers that change the parameter are left out while this is `True`"
@@ -150,8 +165,8 @@ class Accumulates:
             raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so that what micro-batches bring would be lost (a step depends on the direction of its own gradient alone). "
                 "Use an optimizer with momentum (mom > 0), or accumulate gradients.")
 
-# %% ../../nbs/engine/07_optimizer.ipynb #f776200e
-class TapeOptimizer(Accumulates, Optimizer):
+# %% ../../nbs/engine/07_optimizer.ipynb #3becdbec
+class TapeOptimizer(StepOptimizer):
     "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
     _sort = None # What cohorts are sorted by beside dtypes and state
     storage = None # A `Storage`, or None: steppers work on the tensors as they are
@@ -198,19 +213,6 @@ class TapeOptimizer(Accumulates, Optimizer):
         except TypeError: return trace_steppers(self.cbs, c.slots, c.numbers, hyper, *args) # a state entry or hyper-parameter that can't be hashed
         if r is None: r = self._traces[key] = trace_steppers(self.cbs, c.slots, c.numbers, hyper, *args)
         return r
-
-    @torch.no_grad()
-    def step(self,
-        closure=None, # Not supported, as in fastai
-        **extra # Further arguments of the steppers, for this step only
-    ):
-        "Step all parameters that have a gradient"
-        if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        self._check_step()
-        self._step(extra)
-
-    def _check_step(self):
-        "The place for a reason not to step: an exception"
 
     def _step(self, extra, hypers=None):
         try: work = self._trace(extra, hypers)
@@ -303,27 +305,15 @@ class JitOptimizer(TapeOptimizer):
     def _run(self, work):
         for c,tape,_ in work: run_script(tape, c.tensors())
 
-# %% ../../nbs/engine/07_optimizer.ipynb #9b77e8f3
+# %% ../../nbs/engine/07_optimizer.ipynb #e77d85ca
 class _Watched(torch.Tensor):
     "A tensor whose `data` is itself, so that its version tells whether a stepper has written to it"
     __torch_function__ = torch._C._disabled_torch_function_impl
     data = property(lambda self: self, lambda self, v: self.copy_(v))
 
-class NativeOptimizer(Accumulates, Optimizer):
+class NativeOptimizer(StepOptimizer):
     "fastai's `Optimizer`, with parameters and state of low precision kept as `storage` says"
     storage = Storage()
-    @torch.no_grad()
-    def step(self,
-        closure=None, # Not supported, as in fastai
-        **extra # Further arguments of the steppers, for this step only
-    ):
-        "Step all parameters that have a gradient"
-        if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        self._check_step()
-        self._step(extra)
-
-    def _check_step(self):
-        "The place for a reason not to step: an exception"
 
     def _step(self, extra):
         some = self._harmless(extra) if self._accumulation else {}

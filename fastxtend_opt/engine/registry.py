@@ -386,13 +386,14 @@ def list_optimizers(
     return L(r for _,r in sorted(_registry.items())
              if kind in (None,r.kind) and category in (None,r.category) and (mode is None or mode in r.modes))
 
-# %% ../../nbs/engine/08_registry.ipynb #6460f5c0
+# %% ../../nbs/engine/08_registry.ipynb #469d915d
 def get_optimizer(
     name:str # 'adam', or 'Adam'
 )->OptimizerInfo: # Its row
     "The row of one optimizer"
-    if str(name).lower() not in _registry: _load_all()
-    if str(name).lower() in _registry: return _registry[name.lower()]
+    if (key := str(name).lower()) not in _registry: _load_all()
+    for o in (_registry.get(key), *_registry.values()):
+        if o is not None and key in (o.name, o.func.__name__.lower()): return o
     raise ValueError(f"There is no optimizer {name!r}: there are {', '.join(sorted(_registry))}.")
 
 # %% ../../nbs/engine/08_registry.ipynb #a2777674

@@ -15,3 +15,4 @@ from .adan import Adan
 from .lion import Lion
 from .stableadam import StableAdamW
 from .sophia import SophiaG
+from .schedulefree import SGDScheduleFree,AdamWScheduleFree,RAdamScheduleFree
