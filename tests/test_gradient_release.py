@@ -568,6 +568,7 @@ for kw in (dict(find_unused_parameters=True), dict(static_graph=True)):
 prepare_for_gradient_release(m, opt) # no DDP: each process for itself, as ever
 m(torch.ones(1, 2)).sum().backward()
 assert m.weight.grad is None
+dist.barrier()
 dist.destroy_process_group()
 m = nn.Linear(2, 1)
 opt = Ranger(m.parameters(), lr=.1)
@@ -576,6 +577,7 @@ dist.init_process_group('gloo', init_method='file://'+file+'2', rank=rank, world
 try: m(torch.ones(1, 2)).sum().backward()
 except RuntimeError as e: assert 'after init_process_group' in str(e)
 else: raise AssertionError('not refused')
+dist.barrier() # a process that is done and leaves while the other one still connects would break its connection
 dist.destroy_process_group()
 print('fine')
 '''

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastai.optimizer import Optimizer,weight_decay,l2_reg,average_grad,average_sqr_grad,step_stat,adam_step,sgd_step,momentum_step,debias
 from torch import nn,tensor
 from fastxtend_opt.engine.registry import list_optimizers,get_optimizer
+import oracles
 from helpers import *
 
 ROWS = {o.name: o for o in list_optimizers()}
@@ -173,7 +174,7 @@ def cast(o, dtype):
     if isinstance(o, (list,tuple,L)): return [cast(v, dtype) for v in o]
     return copy.deepcopy(o)
 
-SIGNS = ('lion','sophia') # the last bit of a sum, which a fused multiply-add may change, decides the direction of a step
+SIGNS = ('lion','sophia',*(n for n,o in oracles.load().items() if getattr(o, 'SIGNED', False))) # the last bit of a sum, which a fused multiply-add may change, decides the direction of a step
 def as_signed(got, want, lr):
     "`want`, with `got` at the elements (1 in 10,000 at most) that took a step of `lr` elsewhere: back, or none"
     far = [(a.double()-b.double()).abs() for a,b in zip(got, want)]

@@ -6,10 +6,13 @@ late, an element whose gradient is always zero, and two gradient spikes of a tho
 import math
 import fastai.optimizer as fo,numpy as np,pytest,torch
 from torch import nn
+from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
+import oracles
 import reference as R
 from helpers import *
 
 N,SPIKES,LATE,NO_DECAY = 30,(7,19),3,1
+ROWS = {o.name: o for o in list_optimizers()}
 SHAPES_O = ((), (1,), (9,), (5,3), (4,3,2,2), (40,))
 TOL64 = TOL[torch.float64]
 
@@ -54,21 +57,23 @@ REFS = {
                 [dict(beta=.9, sqr_mom=.999, eps=1e-8, r=0., weight_lr_power=2., silent_sgd_phase=True), dict(beta=.95, sqr_mom=.9, eps=1e-3, r=.5, weight_lr_power=1., silent_sgd_phase=False)]),
     'sophia':  (lambda t,h,lam: R.SophiaG(t, h['mom'], h['hess_mom'], h['rho'], h['eps'], lam), dict(grad_avg='exp_avg', hessian='hessian'),
                 [dict(mom=.965, hess_mom=.99, rho=.04, eps=1e-15), dict(mom=.8, hess_mom=.9, rho=.5, eps=1.)])} # with update_hessian: below
+ORACLES = oracles.load()
+REFS.update({n: (o.REFERENCE, o.STATE, o.CASES) for n,o in ORACLES.items()})
 DECAYS = {'none': dict(wd=0., decouple_wd=True), 'decoupled': dict(wd=.1, decouple_wd=True), 'L2': dict(wd=.1, decouple_wd=False)}
 FASTAI = dict(sgd='SGD', rmsprop='RMSProp', adam='Adam', radam='RAdam', qhadam='QHAdam', larc='Larc', lamb='Lamb', ranger='ranger')
 CASES = [(n,i) for n,o in REFS.items() for i in range(len(o[2]))]
 FASTAI_CASES = [(n,i) for n,i in CASES if n in FASTAI]
 SOURCES = [('fastai',*c) for c in FASTAI_CASES] + [('ours',*c) for c in CASES]
-NO_L2 = ('adan','lion','sophia','sgd_schedulefree','adamw_schedulefree','radam_schedulefree') # their decay is decoupled, always
+def decays_of(name):
+    "The decays that an optimizer has: without `decouple_wd` it has one kind, without `wd` none"
+    have = ROWS[name].hypers
+    return [d for d in DECAYS if 'wd' in have and (d!='L2' or 'decouple_wd' in have) or d=='none']
 
 def hypers_of(name, h, decay):
-    "The hypers of a case with those of a decay, or a skip"
-    if name not in NO_L2: return {**h, **DECAYS[decay]}
-    if decay=='L2': pytest.skip('no L2')
-    return {**h, 'wd': DECAYS[decay]['wd']}
+    "The hypers of a case with those of a decay"
+    return {**h, **{k:v for k,v in DECAYS[decay].items() if k in ROWS[name].hypers}}
 
 def ours(name, **kw):
-    from fastxtend_opt.engine.registry import get_optimizer
     return lambda params, lr: get_optimizer(name).func(params, lr=lr, **kw)
 
 def theirs(name, **kw): return lambda params, lr: getattr(fo, FASTAI[name])(params, lr=lr, **kw)
@@ -108,7 +113,7 @@ def run_fastai(opt_func, params, group, gs, no_decay=NO_DECAY):
 
 def run_reference(name, hypers, params, group, gs, no_decay=NO_DECAY):
     thetas = [p.detach().numpy().copy() for p in params]
-    lams = [0. if j==no_decay else hypers['wd'] for j in range(len(params))]
+    lams = [0. if j==no_decay else hypers.get('wd', 0.) for j in range(len(params))]
     if name=='ranger':
         h = hypers
         look = R.Ranger(thetas, h['mom'], h['sqr_mom'], h['eps'], lams, h['k'], h['alpha'], h['beta'], h['decouple_wd'])
@@ -141,8 +146,7 @@ def distance(a, b, start):
     d = max(np.abs(x-y).max() for x,y in zip(a[-1], b[-1]))
     return d/max(np.abs(y-p.detach().numpy()).max() for y,p in zip(b[-1], start))
 
-@pytest.mark.parametrize('decay', list(DECAYS))
-@pytest.mark.parametrize('source,name,case', SOURCES)
+@pytest.mark.parametrize('source,name,case,decay', [(*c, d) for c in SOURCES for d in decays_of(c[1])])
 def test_native_against_reference(source, name, case, decay):
     h = hypers_of(name, REFS[name][2][case], decay)
     params,group,gs = problem()
@@ -154,9 +158,11 @@ def test_native_against_reference(source, name, case, decay):
             if k=='grad_avg' and h.get('mom')==0. and k not in opt.state[p]: continue # without momentum nothing is averaged
             assert_same(np.asarray(opt.state[p][k], dtype=np.float64), np.asarray(getattr(o, attr), dtype=np.float64), **TOL64, path=f'{k} of tensor {j}')
 
-def test_every_registered_optimizer_has_an_oracle():
-    from fastxtend_opt.engine.registry import list_optimizers
-    assert {o.name for o in list_optimizers()} - {'lookahead'} <= set(REFS)
+@pytest.mark.parametrize('name', [o for o in ROWS if o != 'lookahead'])
+def test_every_registered_optimizer_has_an_oracle(name):
+    assert name in REFS, f"add tests/oracles/{name}.py: what {name} is tested against"
+    assert len(REFS[name][2]) > 1, f'{name}: two settings at least'
+    if ROWS[name].oracle.startswith('reference.'): assert hasattr(R, ROWS[name].oracle.split('.')[1]) or name in ORACLES
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
 @pytest.mark.parametrize('decay', list(DECAYS))
@@ -238,6 +244,7 @@ AGREE = [('sgd', torch_sgd, dict(mom=0.), ('none','L2')), ('sgd', torch_sgd, dic
              ('adan', (optimi_adan,po_adan), (dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8), dict(beta1=.9, beta2=.5, beta3=.8, eps=1e-3))),
              ('lion', (optimi_lion,po_lion), (dict(beta1=.9, beta2=.99), dict(beta1=.95, beta2=.8))),
              ('stableadam', (optimi_stableadamw,po_stableadamw), (dict(mom=.9, sqr_mom=.99, eps=1e-6), dict(mom=.5, sqr_mom=.9, eps=1e-2)))] for f in fs for h in hs]]
+AGREE += [(n, *o) for n,m in ORACLES.items() for o in getattr(m, 'PEERS', ())]
 PEER_SOURCES = [('fastai',*o) for o in AGREE if o[0] in FASTAI] + [('ours',*o) for o in AGREE]
 # pytorch_optimizer's QHAdam keeps its debias weights in float32, so its float64 results are good to about 1e-7 only
 LOOSE = {po_qhadam: dict(rtol=1e-6, atol=1e-6)}
@@ -246,12 +253,12 @@ LOOSE = {po_qhadam: dict(rtol=1e-6, atol=1e-6)}
                                                       for s,n,f,h,ds in PEER_SOURCES for d in ds])
 def test_native_against_peer(source, name, peer, h, decay):
     h = hypers_of(name, h, decay)
-    late = not peer.__name__.startswith(('optimi','po_adan','po_lion','po_stable')) # they count a group's steps, without gradients too
+    late = getattr(peer, 'late', not peer.__name__.startswith(('optimi','po_adan','po_lion','po_stable'))) # they count a group's steps, without gradients too
     params,group,gs = problem(late=late)
     theirs_,mine = copy_params(params),copy_params(params)
-    ref = run_torch(peer(h), theirs_, group, gs, h['wd'])
+    ref = run_torch(peer(h), theirs_, group, gs, h.get('wd', 0.))
     got,_ = run_fastai((theirs if source=='fastai' else ours)(name, **h), mine, group, gs)
-    for i,(a,b) in enumerate(zip(got, ref)): assert_same(a, b, **LOOSE.get(peer, TOL64), path=f'step {i}')
+    for i,(a,b) in enumerate(zip(got, ref)): assert_same(a, b, **LOOSE.get(peer, getattr(peer, 'tol', None) or TOL64), path=f'step {i}')
 
 def deviation(name, peer, h, **kw):
     h = {**h, **DECAYS['none']}

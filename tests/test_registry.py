@@ -7,6 +7,7 @@ from fastai.optimizer import Optimizer
 from fastcore.all import L
 from fastcore.docments import docments
 from torch import nn
+import oracles
 
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.engine import registry
@@ -16,8 +17,9 @@ from fastxtend_opt.engine.registry import (CATEGORIES, KINDS, MODES, OPTIONS, Op
 
 ROWS = list_optimizers()
 NAMES = ('adam','adan','lamb','larc','lion','qhadam','radam','ranger','rmsprop','sgd','sophia','stableadam')
+ORACLES = oracles.load()
 FREE = ('adamw_schedulefree','radam_schedulefree','sgd_schedulefree')
-NO_L2 = ('adan','lion','sophia',*FREE) # their decay is decoupled, always
+NO_L2 = [r.name for r in ROWS if 'decouple_wd' not in r.hypers] # their decay is decoupled, always
 FLAGS = [m for m in MODES if m!='native']
 every = pytest.mark.parametrize('row', ROWS, ids=lambda r: r.name)
 
@@ -112,7 +114,9 @@ SPEC = dict(
     adan=dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8, wd=.02, paper_init=True), lion=dict(beta1=.9, beta2=.99, wd=.1),
     stableadam=dict(mom=.9, sqr_mom=.99, eps=1e-6, wd=.01), sophia=dict(mom=.965, hess_mom=.99, rho=.04, eps=1e-15, wd=.1))
 
-@pytest.mark.parametrize('name', NAMES)
+SPEC.update({n: o.DEFAULTS for n,o in ORACLES.items()})
+
+@pytest.mark.parametrize('name', [*NAMES, *ORACLES])
 def test_defaults_are_those_of_the_spec(name):
     want = {**SPEC[name], **({} if name in NO_L2 else {'decouple_wd':True})}
     assert list(get_optimizer(name).hypers.items())==list(want.items())
@@ -193,18 +197,20 @@ BAD = dict(lr=(nan,inf,-1e-3,'fast',None,True,1j), eps=(-1e-8,nan,inf), wd=(-.1,
 def cases():
     for r in ROWS:
         for k in ('lr',*r.hypers):
-            for v in BAD.get(k, ()): yield pytest.param(r, k, v, id=f'{r.name}-{k}-{v}')
+            for v in BAD.get(k, ()):
+                if isinstance(v, (int,float)) and not isinstance(v, bool) and k in r.ranges and v in r.ranges[k]: continue # this algorithm's own range
+                yield pytest.param(r, k, v, id=f'{r.name}-{k}-{v}')
 
 @pytest.mark.parametrize('row,name,value', list(cases()))
 def test_bad_hyperparameter(row, name, value, monkeypatch):
     monkeypatch.setitem(registry._classes, 'native', lambda *a,**k: pytest.fail('built an optimizer before it checked'))
     t,msg = outcome(lambda: row.func(params(), **{'lr':.1, name:value}))
     assert t is ValueError
-    assert f'{name}={value!r}' in msg and str(hyper_ranges[name]) in msg and hyper_ranges[name].tip in msg # name, value, range, what to do
+    assert f'{name}={value!r}' in msg and str(row.ranges[name]) in msg and row.ranges[name].tip in msg # name, value, range, what to do
 
 @every
 def test_every_hyperparameter_has_a_range(row):
-    missing = [k for k,v in row.hypers.items() if not isinstance(v, bool) and k not in hyper_ranges]
+    missing = [k for k,v in row.hypers.items() if not isinstance(v, (bool,str,tuple)) and v is not None and k not in row.ranges]
     assert not missing, f'add {missing} to hyper_ranges'
 
 @every

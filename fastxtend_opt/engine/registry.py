@@ -62,36 +62,41 @@ hyper_ranges = dict(
     rho=Within(0, open_lo=True, tip='.01 to .1 is usual: more of it means that fewer elements are clipped.'),
     bs=Within(1, whole=True, tip='It is the number of samples, or of tokens, over which the loss was averaged.'))
 
-# %% ../../nbs/engine/08_registry.ipynb #f9dfb520
+# %% ../../nbs/engine/08_registry.ipynb #cbb00939
+_own_ranges = [{}] # The last entry: ranges of the function that is being called
+
 def valid_hyper(
     name:str, # Name of the hyperparameter
-    value # One value: a number, numpy scalar or 0-dim tensor
+    value, # One value: a number, numpy scalar or 0-dim tensor
+    ranges:dict|None=None # Name to `Within`, before `hyper_ranges`; `None`: those of the function of an algorithm that is being called
 ): # The value, as a plain `float` or `int`
     "`value` as a plain number, or a `ValueError` that says what `name` may be"
-    rng = hyper_ranges.get(name)
+    rng = (_own_ranges[-1] if ranges is None else ranges).get(name) or hyper_ranges.get(name)
     v = value.item() if isinstance(value, np.generic) or (isinstance(value, (np.ndarray,Tensor)) and value.ndim==0) else value
     number = isinstance(v, Real) and not isinstance(v, bool)
     if rng is None and not (isinstance(v, Real) or v is None): return v
     if rng is None and isinstance(v, bool): return v
-    rng = rng or Within(tip='Leave it out for its default.')
+    known,rng = rng is not None,rng or Within(tip='Leave it out for its default.')
     if not number or v not in rng: raise ValueError(f"{name}={value!r} is out of range: it must be {rng}. {rng.tip}")
-    return int(v) if rng.whole or (name not in hyper_ranges and isinstance(v, int)) else float(v)
+    return int(v) if rng.whole or (not known and isinstance(v, int)) else float(v)
 
-# %% ../../nbs/engine/08_registry.ipynb #e2e20757
+# %% ../../nbs/engine/08_registry.ipynb #0fe151f1
 def group_values(
     name:str, # Name of the hyperparameter
     value, # A number for all groups, a `slice`, or a list/array with a value a group
-    n:int # Number of groups
+    n:int, # Number of groups
+    ranges:dict|None=None # As `valid_hyper` takes it
 )->list: # `n` plain values
     "The `n` groups' values of hyperparameter `name`, checked"
+    valid = partial(valid_hyper, name, ranges=ranges)
     if isinstance(value, slice):
-        stop = valid_hyper(name, value.stop)
+        stop = valid(value.stop)
         if not value.start: return [stop/10]*(n-1) + [stop]
-        start = valid_hyper(name, value.start)
+        start = valid(value.start)
         if not start*stop>0: raise ValueError(f"{name}={value!r}: both ends of a slice must be > 0, its steps are multiples.")
         return [float(o) for o in even_mults(start, stop, n)] if n>1 else [stop]
     listy = is_listy(value) or (isinstance(value, (np.ndarray,Tensor)) and value.ndim>0)
-    vals = [valid_hyper(name, v) for v in (value if listy else [value])]
+    vals = [valid(v) for v in (value if listy else [value])]
     if len(vals)==1: vals = vals*n
     if len(vals)==n: return vals
     raise ValueError(f"{name}={value!r} has {len(vals)} values for {n} parameter group{'s'[:n!=1]}: pass one, or one a group.")
@@ -275,19 +280,24 @@ def make_optimizer(
         warn_high_wd(opt)
     return opt
 
-# %% ../../nbs/engine/08_registry.ipynb #25b03e83
+# %% ../../nbs/engine/08_registry.ipynb #90d94f27
 def options(
-    f # Function of an algorithm, whose last argument is `**kwargs`
+    f=None, # Function of an algorithm, whose last argument is `**kwargs`
+    /,
+    **ranges # Hyperparameters that may be something else here than elsewhere: name to `Within`
 ): # `f`, which says in its signature what `**kwargs` may be, and takes nothing else
     "Give the function of an algorithm the options of `make_optimizer`: mode, storage and full decoupling of the decay"
+    if f is None: return partial(options, **ranges)
     f = delegates(make_optimizer)(f)
     sig = inspect.signature(f)
     @wraps(f)
     def _inner(*args, **kwargs):
         try: sig.bind(*args, **kwargs)
         except TypeError as e: raise TypeError(f"{f.__name__}() {e}") from None
-        return f(*args, **kwargs)
-    _inner.__signature__ = sig
+        _own_ranges.append(ranges)
+        try: return f(*args, **kwargs)
+        finally: _own_ranges.pop()
+    _inner.__signature__,_inner.ranges = sig,ranges
     return _inner
 
 OPTIONS = tuple(k for k,p in inspect.signature(make_optimizer).parameters.items() if p.default is not p.empty)
@@ -300,7 +310,7 @@ CATEGORIES = dict(
     current='adaptive learning rate, current gradient')
 KINDS = ('elementwise','reduction','matrix','model')
 
-# %% ../../nbs/engine/08_registry.ipynb #2278f2e1
+# %% ../../nbs/engine/08_registry.ipynb #d58dba5c
 @dataclass(repr=False)
 class OptimizerInfo:
     "What the project knows of one optimizer"
@@ -328,6 +338,24 @@ class OptimizerInfo:
     def hypers(self):
         "Names and defaults of the hyperparameters that the factory takes, mode flags left out"
         return {k:p.default for k,p in inspect.signature(self.func).parameters.items() if k not in ('params','lr',*OPTIONS)}
+
+    @property
+    def ranges(self):
+        "What each hyperparameter may be: name to `Within`"
+        return {**hyper_ranges, **getattr(self.func, 'ranges', {})}
+
+    def state_bytes(self,
+        shape:tuple=(256,256), # Shape of the parameter: some algorithms keep less for a matrix
+        dtype:torch.dtype=torch.float32, # Its dtype
+        **kwargs # Hyperparameters, and options such as `state_dtype`
+    )->float: # Bytes of state an element
+        "What a step keeps for each element of a parameter, measured on one"
+        p = nn.Parameter(torch.ones(shape, dtype=dtype))
+        opt = self.func([p], lr=1e-3, **kwargs)
+        p.grad = torch.ones_like(p)
+        opt.step()
+        kept = {v.data_ptr():v.numel()*v.element_size() for v in opt.state[p].values() if isinstance(v, Tensor)}
+        return sum(kept.values())/p.numel()
 
     @property
     def reference(self):
@@ -396,7 +424,7 @@ def get_optimizer(
         if o is not None and key in (o.name, o.func.__name__.lower()): return o
     raise ValueError(f"There is no optimizer {name!r}: there are {', '.join(sorted(_registry))}.")
 
-# %% ../../nbs/engine/08_registry.ipynb #a2777674
+# %% ../../nbs/engine/08_registry.ipynb #7d07ef2b
 def factory(
     func # The capitalised function, such as `Adam`
 ): # The lower-case function, such as `adam`: takes the keywords of `func`, returns an `opt_func`
@@ -413,7 +441,7 @@ def factory(
         except TypeError as e: raise TypeError(f"{name}() {e}: it takes {', '.join(sig.parameters)}.") from None
         pick_mode(**{k:given[k] for k in MODES if k in given})
         for k,v in given.items():
-            if v is not sig.parameters[k].default: group_values(k, v, len(v) if is_listy(v) else 1)
+            if v is not sig.parameters[k].default: group_values(k, v, len(v) if is_listy(v) else 1, getattr(func, 'ranges', {}))
         return partial(func, **given)
 
     _factory.__name__ = _factory.__qualname__ = name

@@ -11,7 +11,7 @@ import numpy as np, torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['surfaces', 'Surface', 'rosenbrock', 'bowl', 'saddle', 'optim_path', 'plot_path']
+__all__ = ['surfaces', 'Surface', 'rosenbrock', 'bowl', 'saddle', 'optim_path', 'tune_lr', 'plot_path', 'plot_paths']
 
 # %% ../../nbs/tools/plots.ipynb #ae42e5ce
 class Surface(NamedTuple):
@@ -68,7 +68,24 @@ def optim_path(
         path.append(p.detach().clone())
     return torch.stack(path).numpy()
 
-# %% ../../nbs/tools/plots.ipynb #2ce7375b
+# %% ../../nbs/tools/plots.ipynb #31c01568
+def tune_lr(
+    opt_func:Callable, # Optimizer function: takes a list of parameters and `lr`
+    surface:str|Surface='rosenbrock', # Name in `surfaces`, or a `Surface`
+    steps:int=100, # Number of steps
+    lrs:tuple|None=None, # Rates to try. Default: 1e-4 to 10, three a factor of ten
+    **kwargs # `start`, `noise` and `seed` of `optim_path`
+)->float: # One of `lrs`
+    "The learning rate with which an optimizer is lowest over the second half of its steps"
+    surf = _surface(surface)
+    lrs = [m*10.**e for e in range(-4,1) for m in (1,2,5)] + [10.] if lrs is None else lrs
+    def _height(lr):
+        path = torch.from_numpy(optim_path(opt_func, surf, lr=lr, steps=steps, **kwargs)).double()
+        h = surf.func(*path[steps//2:].T).mean().item()
+        return h if np.isfinite(h) else np.inf
+    return float(min(lrs, key=_height))
+
+# %% ../../nbs/tools/plots.ipynb #fb9f882e
 def _label(f):
     kw = getattr(f, 'keywords', None) or {}
     while isinstance(f, partial): f = f.func
@@ -83,7 +100,7 @@ def _named(opt_func):
 def plot_path(
     opt_func:Callable|list|dict, # Optimizer function, a list of them, or a dict of label to optimizer function
     surface:str|Surface='rosenbrock', # Name in `surfaces`, or a `Surface`
-    lr:float|list=0.02, # Learning rate, or one for each optimizer
+    lr:float|list|str=0.02, # Learning rate, or one for each optimizer, or 'tuned': that of `tune_lr`
     steps:int=100, # Number of steps
     start:tuple|None=None, # Starting point (x, y). Default: the surface's own
     noise:float=0., # Standard deviation of the noise added to each gradient
@@ -95,6 +112,9 @@ def plot_path(
     "Draw the path of one or several optimizers on a surface; returns the axes"
     import matplotlib.pyplot as plt
     surf,funcs = _surface(surface),_named(opt_func)
+    if lr=='tuned':
+        lr = [tune_lr(f, surf, steps, start=start, noise=noise, seed=seed) for f in funcs.values()]
+        funcs = {f'{k}, lr={v:g}':f for (k,f),v in zip(funcs.items(), lr)}
     lrs = list(lr) if isinstance(lr, (list,tuple)) else [lr]*len(funcs)
     if len(lrs)!=len(funcs): raise ValueError(f"{len(lrs)} learning rates for {len(funcs)} optimizers: give one, or one for each.")
     if ax is None: ax = plt.subplots(figsize=figsize, dpi=100, layout='constrained')[1]
@@ -116,3 +136,18 @@ def plot_path(
     ax.tick_params(labelsize=8)
     ax.legend(fontsize=7, loc='best', framealpha=.85, handlelength=1.4)
     return ax
+
+# %% ../../nbs/tools/plots.ipynb #68726eaf
+def plot_paths(
+    opt_func:Callable|list|dict, # Optimizer function, a list of them, or a dict of label to optimizer function
+    surface:tuple=('rosenbrock','bowl'), # Names in `surfaces`, or `Surface`s
+    steps:int=80, # Number of steps
+    lr:float|list|str='tuned', # As `plot_path` takes it
+    figsize:tuple=(8.4,3.2), # Size of the figure in inches
+    **kwargs # `noise` and `seed` of `plot_path`
+):
+    "Draw the paths of one or several optimizers on several surfaces, side by side"
+    import matplotlib.pyplot as plt
+    axes = plt.subplots(1, len(surface), figsize=figsize, dpi=100, layout='constrained', squeeze=False)[1][0]
+    for s,ax in zip(surface, axes): plot_path(opt_func, s, lr=lr, steps=steps, ax=ax, **kwargs)
+    return axes

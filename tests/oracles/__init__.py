@@ -1,0 +1,22 @@
+"""What each algorithm of the catalogue is tested against: a module an optimizer, named as it, with
+
+    REFERENCE   (theta, hypers, decay of this tensor) -> an object of `tests/reference/`: `step(g, lr)` moves `theta`
+    STATE       name of our state -> attribute of that object
+    CASES       hyperparameters of the trajectories, two or more; `wd` and `decouple_wd` come from the test
+    DEFAULTS    the function's hyperparameters and defaults as the specification has them, in order, without `decouple_wd`
+    PEERS       other libraries: (function made by `peer`, hyperparameters, names of the decays in which both agree)
+    SIGNED      does the last bit of a sum decide the direction of a step? (default: no)
+
+The older ones stand in `test_oracles.py` itself."""
+import importlib,pkgutil
+from functools import wraps
+
+def load(): return {m.name: importlib.import_module(f'{__name__}.{m.name}') for m in pkgutil.iter_modules(__path__)}
+
+def peer(late=True, **tol):
+    """Mark `f`, which makes from hyperparameters a function of torch's parameter groups. `late`: does it count the steps of a tensor, not of a group?
+    `rtol`, `atol`: where it agrees less closely than 1e-10, with the reason in its docstring"""
+    def _inner(f):
+        f.late,f.tol = late,tol
+        return f
+    return _inner
