@@ -261,11 +261,16 @@ def test_native_against_peer(source, name, peer, h, decay):
     for i,(a,b) in enumerate(zip(got, ref)): assert_same(a, b, **LOOSE.get(peer, getattr(peer, 'tol', None) or TOL64), path=f'step {i}')
 
 def deviation(name, peer, h, **kw):
-    h = {**h, **DECAYS['none']}
+    h = hypers_of(name, h, 'none')
     params,group,gs = problem(late=False, **kw)
-    ref = run_torch(peer(h), copy_params(params), group, gs, h['wd'])
-    got,_ = run_fastai(theirs(name, **h), copy_params(params), group, gs)
+    ref = run_torch(peer({**h, **DECAYS['none']}), copy_params(params), group, gs, 0.)
+    got,_ = run_fastai((theirs if name in FASTAI else ours)(name, **h), copy_params(params), group, gs)
     return distance(ref, got, params)
+
+@pytest.mark.parametrize('name,peer,h,least', [pytest.param(n, *o, id=f'{n}-{o[0].__name__}') for n,m in ORACLES.items() for o in getattr(m, 'DEVIATIONS', ())])
+def test_well_known_ports_that_are_another_algorithm(name, peer, h, least):
+    "What the page says of them is seen"
+    assert deviation(name, peer, h, spikes=()) > least
 
 def test_torch_rmsprop_with_momentum_is_another_algorithm():
     "torch accumulates the normalised gradient, fastai (and we) the raw one"
