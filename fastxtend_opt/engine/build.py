@@ -49,7 +49,7 @@ def _cpu():
         return '\n'.join(sorted(l for l in info if l.split(':')[0].strip() in ('vendor_id','cpu family','model','model name','stepping','flags','Features','CPU part')))
     except OSError: return f'{platform.machine()} {platform.processor()} {platform.platform()}'
 
-# %% ../../nbs/engine/05_build.ipynb #4ca5fda4
+# %% ../../nbs/engine/05_build.ipynb #375ec861
 def _digest(b): return hashlib.sha256(b).hexdigest()
 
 def _valid(folder):
@@ -62,10 +62,12 @@ def _compile(source, folder):
     extra,cxx,_ = cpp_compiler()
     (folder/'kernel.cpp').write_text(source)
     args = [cxx, *extra, *CPP_FLAGS, *(['-undefined', 'dynamic_lookup'] if sys.platform=='darwin' else []), 'kernel.cpp', '-o', 'kernel.so']
-    for threads in (['-fopenmp'], ['-pthread']): # Apple's clang has no OpenMP: the source then uses std::thread
-        r = subprocess.run(args+threads, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    ways = [['-fopenmp'], ['-pthread']] # Apple's clang has no OpenMP: the source then uses std::thread
+    if 'VECTOR_MATH' in source and sys.platform=='linux' and platform.machine()=='x86_64': ways.insert(0, ['-fopenmp', '-DVECTOR_MATH', '-Wl,--as-needed', '-lmvec'])
+    for way in ways:
+        r = subprocess.run(args+way, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         if r.returncode == 0: break
-    else: raise RuntimeError(f"{cxx} could not compile a kernel (exit code {r.returncode}); use foreach=True meanwhile. Command: {' '.join(args+threads)}\n{r.stderr[-2000:]}")
+    else: raise RuntimeError(f"{cxx} could not compile a kernel (exit code {r.returncode}); use foreach=True meanwhile. Command: {' '.join(args+way)}\n{r.stderr[-2000:]}")
     (folder/'sha256').write_text(_digest((folder/'kernel.so').read_bytes()))
 
 def _sweep(root, age=3600):

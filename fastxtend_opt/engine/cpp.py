@@ -14,7 +14,7 @@ from .build import load_library
 # %% auto #0
 __all__ = ['emit_cpp', 'kernel_threads', 'cpp_kernel']
 
-# %% ../../nbs/engine/05_cpp.ipynb #21fba288
+# %% ../../nbs/engine/05_cpp.ipynb #e71f0569
 _prelude = '''#include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -70,9 +70,18 @@ template<class F> static void each(int threads, i64 n, F f) {
 }
 '''
 
+_vector_math = '''#if defined(VECTOR_MATH) && defined(__GNUC__) && !defined(__clang__) && defined(__GLIBC__) && __GLIBC_PREREQ(2,35)
+extern "C" { // glibc has these for vectors, at most 4 ulp off; it says so itself only under -ffast-math
+#define VM __attribute__((__simd__("notinbranch")))
+%s
+}
+#endif
+'''%'\n'.join(f'VM {t} {n}{s}({", ".join([t]*k)}) noexcept;' for t,s in (('float','f'),('double','')) for n,k in (*((n, 1) for n in 'exp expm1 log log1p log2 tanh erf sin cos cbrt'.split()), ('pow', 2)))
+_slow = ('std::exp','std::log','std::tanh','std::erf','std::sin','std::cos','std::cbrt','std::pow') # calls that keep a loop from being vectorised
+
 _ctype = {torch.float32:'float', torch.float64:'double', torch.bfloat16:'bf16', torch.float16:'f16'}
 
-# %% ../../nbs/engine/05_cpp.ipynb #4496a6bd
+# %% ../../nbs/engine/05_cpp.ipynb #015aed0a
 def emit_cpp(
     tape:Tape # What to do
 ) -> str: # C++ source with one exported function, `run`
@@ -81,7 +90,9 @@ def emit_cpp(
     ct = _ctype[ph.compute]
     ncol,nsc,nv = len(slots),max(len(tape.scalars),1),max(len(ph.places),1)
     nred = max(len(ph.partials), 1)
-    out = [_prelude, f'typedef {ct} CT;']
+    out = [_prelude]
+    if any(f in OPS[o[0]].cpp and k=='e' for o,(k,_) in zip(tape.ops, types) for f in _slow): out.append(_vector_math)
+    out.append(f'typedef {ct} CT;')
     for k in range(ph.n+1):
         if ph.values(k): out.append(_emit_values(tape, ph, k, nred))
         if ph.moves(k): out.append(_emit_pass(tape, ph, k))
