@@ -21,12 +21,20 @@ if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = 
 
 import pytest,torch
 from fastxtend_opt.engine import fused
-from helpers import backend_of
+from helpers import CORE,backend_of
 torch.set_num_threads(1)
 fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow (the whole cross product, long property tests)')
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "A test marked `engine` runs with the optimizers of `CORE`; with the others when slow tests are asked for"
+    for item in items:
+        if item.get_closest_marker('engine') is None: continue
+        name = item.callspec.params.get('name', item.callspec.params.get('row'))
+        if getattr(name, 'name', name) not in CORE: item.add_marker(pytest.mark.slow)
 
 def pytest_configure(config):
     if config.getoption('--slow'): config.option.markexpr = '' # pyproject.toml deselects them with -m 'not slow'

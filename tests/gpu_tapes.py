@@ -10,7 +10,7 @@ from test_ops import NUMBERS,count
 def optimizer_tape(name, dtype):
     "The tape of a step after the first ones, and with everything that such a step does (LookAhead's sync, rectified RAdam)"
     p = torch.nn.Parameter(torch.ones(8, dtype=dtype)); p.grad = torch.ones_like(p)
-    opt = get_optimizer(name).func([p], lr=.01, wd=.01, foreach=True)
+    opt = get_optimizer(name).func([p], lr=.01, **({'wd':.01} if 'wd' in get_optimizer(name).hypers else {}), foreach=True)
     inner = getattr(opt, 'opt', opt)
     tapes,real = [],TapeOptimizer._trace
     def trace(self, *args):

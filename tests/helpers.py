@@ -29,6 +29,8 @@ class WithBackend:
     def __call__(self, *args, **kwargs):
         with backend_of(self.mode): return self.f(*args, **kwargs)
 
+CORE = ('sgd','adam','ranger','larc','lamb','lion','adan','adamw_schedulefree','adafactor') # one of each kind that the engine has to do with: no state, one, several; state made from the weights; reductions, along axes too; signs
+
 # ---------------------------------------------------------------- comparing
 class Mismatch(AssertionError): "Raised by `assert_same`; the message starts with the place that differs"
 

@@ -24,7 +24,7 @@ from helpers import *
 from learner_utils import learner as digits,no_warnings
 from test_oracles import optimi_adam,optimi_adan,optimi_lion,optimi_radam,optimi_ranger,optimi_sgd,optimi_stableadamw
 
-NAMES = [r.name for r in list_optimizers()]
+NAMES = [r.name for r in list_optimizers() if 'wd' in r.hypers]
 L2 = [r.name for r in list_optimizers() if 'decouple_wd' in r.hypers]
 WD = 5e-4 # below the warning
 PEAKS = [3e-3,1e-2]
@@ -51,9 +51,7 @@ def run(name, mode='native', n=25, dtype=torch.float64, **kw):
     return run_trajectory(f, n, dtype, scheduled, at=(0,1,6,12,16,n-1))
 
 # ---------------------------------------------------------------- the modes
-@pytest.mark.parametrize('dtype', ['f64','f32'])
-@pytest.mark.parametrize('mode', MODES)
-@every
+@pytest.mark.parametrize('name,mode,dtype', [pytest.param(n, m, t, marks=() if n in CORE or (m,t)==('fused','f64') else pytest.mark.slow) for n in NAMES for m in MODES for t in ('f64','f32')])
 def test_modes_agree(name, mode, dtype):
     if mode not in (*get_optimizer(name).modes,'triton'): pytest.skip(f'no {mode}')
     kw = dict(decouple_lr=True, max_lr=PEAKS, wd=.05, dtype={'f64':torch.float64,'f32':torch.float32}[dtype])
@@ -81,6 +79,7 @@ def test_it_decays(name):
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('lr', [1e-6, 1e-3, .1, 3.])
 @pytest.mark.parametrize('name', [n for n in NAMES if n not in ('adan',)])
+@pytest.mark.engine
 def test_peak_takes_wd_whatever_lr_is(name, lr, mode):
     "At the peak a step without a gradient leaves `1-wd`"
     opt = partial(get_optimizer(name).func, wd=WD, decouple_lr=True, **flags(mode))
@@ -159,6 +158,7 @@ def test_optimi_gives_all_groups_the_calls_lr():
 def two(): return [[nn.Parameter(torch.ones(2))],[nn.Parameter(torch.ones(3))]]
 
 @every
+@pytest.mark.engine
 def test_default_is_each_groups_lr(name):
     f = get_optimizer(name).func
     def got(*args, **kw): return [h['max_lr'] for h in f(*args, decouple_lr=True, wd=0., **kw).hypers]
@@ -486,6 +486,7 @@ def test_learner_warns_once():
     assert not caught(lambda: synth(sgd(), wd=.5).fit(1, .1))
 
 @every
+@pytest.mark.engine
 def test_without_the_option_no_callback(name):
     learn = synth(get_optimizer(name).factory())
     before = list(learn.cbs)

@@ -221,6 +221,7 @@ def test_engine_classes_refuse_bad_parameters(mode):
 
 @all_modes
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_functions_refuse_bad_parameters(name, mode):
     f = partial(get_optimizer(name).func, lr=.1, **flags(mode))
     a,b = two()
@@ -232,6 +233,7 @@ def test_functions_refuse_bad_parameters(name, mode):
 
 @all_modes
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_torch_style_groups_are_taken(name, mode):
     a,b = two()
     opt = get_optimizer(name).func([dict(params=[a]), dict(params=b, lr=.5, wd=0.)], lr=.1, wd=.2, **flags(mode))
@@ -241,6 +243,7 @@ BAD_HYPERS = [('lr',-.1), ('lr',float('nan')), ('lr',float('inf')), ('eps',-1e-8
               ('mom',float('nan')), ('sqr_mom',1.), ('sqr_mom',-.5), ('beta',-1.), ('trust_coeff',0.), ('k',0), ('k',2.5), ('alpha',0.), ('alpha',1.5), ('nu_1',float('nan'))]
 
 @all_modes
+@pytest.mark.engine
 @pytest.mark.parametrize('name,key,v', [(n,k,v) for n in NAMES for k,v in BAD_HYPERS if k=='lr' or k in get_optimizer(n).hypers])
 def test_bad_hypers(name, key, v, mode):
     "Name, value and the range are in the message, from the function and (but for lr) from the factory"
@@ -252,6 +255,7 @@ def test_bad_hypers(name, key, v, mode):
 
 @all_modes
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_unknown_keyword(name, mode):
     row = get_optimizer(name)
     for bad in ('weight_decay','betas','momentm'):
@@ -260,6 +264,7 @@ def test_unknown_keyword(name, mode):
 
 @pytest.mark.parametrize('pair', [('foreach','jit'), ('foreach','fused'), ('jit','fused')])
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_two_flags(name, pair):
     row,kw = get_optimizer(name),{k:True for k in pair}
     with pytest.raises(ValueError, match=f'{pair[0]}=True and {pair[1]}=True'): row.func(two(), lr=.1, **kw)

@@ -62,8 +62,7 @@ def train(name, mode, release, steps=9, dtype=torch.float32, call=True, **kw):
     if release: remove_gradient_release(m)
     return [p.detach().clone() for p in m.parameters()],detach_copy(opt.state_dict())
 
-@pytest.mark.parametrize('mode', ALL_MODES)
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name,mode', [pytest.param(n, m, marks=() if n in CORE or m=='fused' else pytest.mark.slow) for n in NAMES for m in ALL_MODES])
 def test_same_weights(name, mode):
     "Weights and state to the last bit, with two groups, a schedule, parameters without decay and some without a gradient now and then"
     kw = dict(mom=.9) if name=='sgd' else {}

@@ -32,6 +32,7 @@ def options(name):
 
 def decays(name):
     res = {'none': dict(wd=0.), 'decoupled': dict(wd=.1)}
+    if 'wd' not in ROWS[name].hypers: return {'none': {}}
     if 'decouple_wd' in ROWS[name].hypers:
         res['decoupled']['decouple_wd'],res['L2'] = True,dict(wd=.1, decouple_wd=False)
     return res
@@ -114,6 +115,18 @@ def zero_grad_tensors(i, opt, params, stream):
 @scenario
 def spikes(i, opt, params, stream): GradStream(stream.seed, spikes=(7,19)).set(params, i)
 
+@scenario
+def life(i, opt, params, stream):
+    "All of the above in one: what an optimizer that is not one of `CORE` is tried with by default"
+    if i==0:
+        for p in params[::2]: opt.state[p]['do_wd'] = False
+        opt.set_hyper('lr', slice(LR/10, LR))
+    if i==9: opt.state[params[0]]['do_wd'] = True
+    if i>=11: scheduled(i, opt, params, stream)
+    n = len(params)
+    stream.set(params, i, skip=range(n//2) if i < 2 else range(n) if i==7 else [j for j in range(n) if i < 2*j%7 or 14+j <= i < 18+j])
+    if i%4==3 and params[2].grad is not None: params[2].grad.zero_()
+
 # ---------------------------------------------------------------- elementwise agreement in float64 and float32
 @lru_cache(24)
 def trajectory(name, mode, option, decay, dtype, scen):
@@ -137,6 +150,7 @@ def diverges(n, o, d, t, s):
 def product():
     return [(n,o,d,t,s) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS if not diverges(n,o,d,t,s)]
 def is_default(n, o, d, t, s):
+    if n not in CORE: return s=='life' and (o==0 or d!='L2') and (t=='f64' or (o==0 and d!='L2')) or (s,o,t)==('spikes',0,'f64') and ROWS[n].kind=='reduction'
     if o==0 and s=='no_decay_on_some': return True                      # each optimizer: decays x dtypes
     if s=='plain': return t=='f64' and (d=='decoupled' or o==0)         # each option
     return o==0 and d=='decoupled' and t=='f32'                         # each scenario
@@ -155,12 +169,19 @@ def test_state_is_what_the_row_says(name):
     opt.step()
     assert {k for k,v in opt.state[params[0]].items() if isinstance(v, torch.Tensor)} <= set(ROWS[name].state)
 
+DOWN = dict(adadelta=1.) # learning rates that are not about .05
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
-def test_goes_downhill(name, mode):
+@pytest.mark.engine
+def test_goes_downhill(name, mode): goes_downhill(name, mode)
+
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in CORE])
+def test_goes_downhill_natively(name): goes_downhill(name, 'native')
+
+def goes_downhill(name, mode):
     "A quadratic with its minimum at 3: 60 steps come nearer"
     p = nn.Parameter(torch.full((5,), 1., dtype=torch.float64))
-    opt = ROWS[name].func([p], lr=.05, wd=0., **flags(mode))
+    opt = ROWS[name].func([p], lr=DOWN.get(name, .05), **decays(name)['none'], **flags(mode))
     for _ in range(60):
         p.grad = p.detach() - 3
         opt.step()
@@ -183,7 +204,7 @@ def as_signed(got, want, lr):
     return [torch.where(o, a, b) for o,a,b in zip(off, got, want)]
 
 LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
-LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if (d=='decoupled') != (t=='f16') else pytest.mark.slow)
+LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled') != (t=='f16') if n in CORE else (d,t)==(list(decays(n))[:2][-1],'bf16')) else pytest.mark.slow)
             for n in NAMES for d in decays(n) for t in LOW]
 
 @pytest.mark.parametrize('mode', ['fused','triton'])
@@ -245,9 +266,13 @@ def _go_on(params, opt, n=6):
         opt.step()
     return snapshot(params, opt)
 
-@pytest.mark.parametrize('dst', ALL_MODES)
-@pytest.mark.parametrize('src', ALL_MODES)
-@pytest.mark.parametrize('name', NAMES)
+def _crossings(name):
+    "Each mode to each; or by default, for one that is not of `CORE`, each to itself, and from native on in a circle"
+    for a,b in ((a,b) for a in ALL_MODES for b in ALL_MODES):
+        ring = a==b or ALL_MODES[(ALL_MODES.index(a)+1)%len(ALL_MODES)]==b
+        yield pytest.param(name, a, b, marks=() if name in CORE or ring else pytest.mark.slow)
+
+@pytest.mark.parametrize('name,src,dst', [c for n in NAMES for c in _crossings(n)])
 def test_checkpoint_crosses_modes(name, src, dst):
     "Saved in any mode, loaded in any other; bit-exact within a mode"
     params,opt = _trained(name, src)
@@ -271,6 +296,7 @@ def _tensors(o):
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_loading_leaves_its_argument_alone(name, mode):
     params,opt = _trained(name, mode)
     sd = opt.state_dict()
@@ -287,6 +313,7 @@ def test_loading_leaves_its_argument_alone(name, mode):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_state_dict_is_plain(name, mode):
     "Only what `weights_only=True` takes, with a dict a parameter and a dict a group, in the order of parameters"
     params,opt = _trained(name, mode)
@@ -303,6 +330,7 @@ def test_state_dict_is_plain(name, mode):
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_checkpoint_before_first_step_and_after_clear_state(name, mode):
     "`lr_find` saves the state before the first step and restores it after many: everything learnt since must go"
     params = make_params(dtype=torch.float64, big=False)
@@ -325,6 +353,7 @@ def test_checkpoint_before_first_step_and_after_clear_state(name, mode):
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_a_wrong_checkpoint_changes_nothing(name, mode):
     params,opt = _trained(name, mode)
     good = detach_copy(opt.state_dict())
@@ -353,6 +382,7 @@ def test_a_wrong_checkpoint_changes_nothing(name, mode):
 # ---------------------------------------------------------------- what a step must leave alone
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_step_keeps_storage_and_objects(name, mode):
     "Parameters keep their storage; so do state tensors, as far as native keeps them"
     params = make_params(dtype=torch.float32, big=False)
@@ -378,10 +408,10 @@ def test_autograd_sees_the_step(mode):
     with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
 
 @pytest.mark.parametrize('mode', ALL_MODES)
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [n for n in NAMES if 'L2' in decays(n)])
+@pytest.mark.engine
 def test_l2_adds_nothing_where_do_wd_is_false(name, mode):
     "fastxtend's foreach added 1.0 times the weight"
-    if 'L2' not in decays(name): pytest.skip('no L2')
     params,free = (make_params(dtype=torch.float64, big=False) for _ in range(2))
     opt,ref = opt_func(name, mode, wd=.3, decouple_wd=False)(two_groups(params)),opt_func(name, wd=0., decouple_wd=False)(two_groups(free))
     for o in (opt.state[p] for p in params): o['do_wd'] = False
@@ -666,6 +696,7 @@ def test_step_passes_extra_keywords_to_steppers(mode):
 # ---------------------------------------------------------------- difficult values and layouts
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_inf_and_nan_grads(name, mode):
     "A poisoned element spreads as far as native lets it spread, and no further"
     def poison(i, opt, params, stream):
@@ -684,6 +715,7 @@ def test_inf_and_nan_grads(name, mode):
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_float_range(name, mode):
     "Very small and very large gradients: denormals are not flushed, overflow gives the same infinities"
     scales = [1e-42, 1e-30, 1e-20, 1e15, 1e25, 1e37, 1e-38, 1.]
@@ -742,6 +774,7 @@ def _odd_layouts(dtype):
 @pytest.mark.parametrize('grads', ['like', 'contiguous', 'expanded'])
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_memory_layouts(name, mode, grads):
     "Parameters that are views of any stride, grads in their own layout or another, and nothing beside them touched"
     def setter(i, opt, params, stream):
@@ -760,6 +793,7 @@ def test_memory_layouts(name, mode, grads):
 @pytest.mark.parametrize('way', ['to_channels_last', 'to_contiguous', 'grads_other', 'grads_alternate'])
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_channels_last(name, mode, way):
     "`ChannelsLast` turns parameters and grads, while state made before stays as it was"
     cl = torch.channels_last
@@ -886,6 +920,7 @@ def test_subclassed_and_generator_params(mode):
 @pytest.mark.parametrize('how', ['deepcopy','pickle'])
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_copies_of_an_optimizer(name, mode, how):
     "A copy goes on as the original does, and neither touches the other"
     params,opt = _trained(name, mode)

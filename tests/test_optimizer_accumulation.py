@@ -39,8 +39,7 @@ def life(name, mode, dtype=torch.float32, n=15, every=3, **kw):
         res.append(snapshot(params, opt))
     return res
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name,mode', [pytest.param(n, m, marks=() if n in CORE or m=='fused' else pytest.mark.slow) for n in NAMES for m in MODES])
 def test_modes_agree(name, mode):
     tol = TOL[torch.float64]
     if mode=='triton': tol = dict(rtol=1e-9, atol=1e-11)
