@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['aggmo', 'aggmo_sums', 'aggmo_step', 'AggMo']
 
-# %% ../../nbs/algorithms/aggmo.ipynb #dd2a6d14
+# %% ../../nbs/algorithms/aggmo.ipynb #c00c281c
 from functools import partial
-from fastcore.foundation import L
-from fastcore.basics import is_listy
+from fastcore.all import is_listy
 from fastai.optimizer import Optimizer, average_grad
 from ..engine.registry import Within, group_values, hyper_ranges, make_optimizer, factory, options, register
 from .sgd import decay_stepper

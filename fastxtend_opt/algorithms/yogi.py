@@ -12,7 +12,7 @@ from fastai.optimizer import Optimizer, average_grad, step_stat, adam_step
 from ..engine.registry import Within, hyper_ranges, make_optimizer, factory, options, register
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/yogi.ipynb #ba3823ff
+# %% ../../nbs/algorithms/yogi.ipynb #a3c896ff
 def yogi_sqr_avg(
     p, # The parameter
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
@@ -22,7 +22,7 @@ def yogi_sqr_avg(
 ):
     "Move the average of squares towards the new square, by a share of the new square"
     sqr = p.grad.data.square()
-    if sqr_avg is None: sqr_avg = torch.full_like(sqr, init_acc)
+    if sqr_avg is None: sqr_avg = torch.zeros_like(sqr) + init_acc # not `full_like`: float16 would round the number before the step
     sqr_avg.addcmul_(torch.sign(sqr_avg-sqr), sqr, value=sqr_mom-1)
     return {'sqr_avg': sqr_avg}
 
