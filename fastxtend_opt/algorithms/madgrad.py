@@ -37,7 +37,7 @@ def dual_sums(
     s.add_(grad, alpha=weight)
     return {'grad_sum_sq': grad_sum_sq, 's': s}
 
-# %% ../../nbs/algorithms/madgrad.ipynb #9f418465
+# %% ../../nbs/algorithms/madgrad.ipynb #a88ebf6a
 @decays_weights
 def madgrad_step(
     p, # The parameter
@@ -50,16 +50,17 @@ def madgrad_step(
     wd:float=0., # Weight decay
     do_wd:bool=True, # Is this parameter decayed?
     decouple_wd:bool=False, # Is the decay done here?
+    decouple_lr:bool=False, # Is `eps` left out of the rate that decays?
     **kwargs
 ):
     "From the parameter a part of the way to where the sums lead from its start"
     if x0 is None: x0 = p.data.clone()
     way = x0.addcdiv(s, _root(grad_sum_sq, eps), value=-1).sub_(p.data).mul_(1-mom)
-    if decouple_wd and do_wd and wd!=0: way.add_(p.data, alpha=-_stable(lr, eps)*wd)
+    if decouple_wd and do_wd and wd!=0: way.add_(p.data, alpha=-wd*(lr if decouple_lr else _stable(lr, eps)))
     p.data.add_(way)
     return {'x0': x0}
 
-# %% ../../nbs/algorithms/madgrad.ipynb #ad910017
+# %% ../../nbs/algorithms/madgrad.ipynb #9e3f6db2
 @decays_weights
 def madgrad_plain_step(
     p, # The parameter
@@ -71,17 +72,18 @@ def madgrad_plain_step(
     wd:float=0., # Weight decay
     do_wd:bool=True, # Is this parameter decayed?
     decouple_wd:bool=False, # Is the decay done here?
+    decouple_lr:bool=False, # Is `eps` left out of the rate that decays?
     **kwargs
 ):
     "Without momentum: back to the start by the old sums, from there by the new ones"
     way = torch.zeros_like(p.data) if s is None else s/_root(grad_sum_sq, eps)
     sums = dual_sums(p, lr, eps, step, grad_sum_sq, s)
     way.sub_(sums['s']/_root(sums['grad_sum_sq'], eps))
-    if decouple_wd and do_wd and wd!=0: way.add_(p.data, alpha=-_stable(lr, eps)*wd)
+    if decouple_wd and do_wd and wd!=0: way.add_(p.data, alpha=-wd*(lr if decouple_lr else _stable(lr, eps)))
     p.data.add_(way)
     return sums
 
-# %% ../../nbs/algorithms/madgrad.ipynb #fbdb22d8
+# %% ../../nbs/algorithms/madgrad.ipynb #624d50a4
 @options
 def MADGRAD(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -94,7 +96,8 @@ def MADGRAD(
 )->Optimizer:
     "MADGRAD"
     groups = as_groups(params)
-    cbs = [dual_sums, partial(madgrad_step, decouple_wd=decouple_wd)] if in_use('mom', mom, groups) else [partial(madgrad_plain_step, decouple_wd=decouple_wd)]
+    how = dict(decouple_wd=decouple_wd, decouple_lr=kwargs.get('decouple_lr', False))
+    cbs = [dual_sums, partial(madgrad_step, **how)] if in_use('mom', mom, groups) else [partial(madgrad_plain_step, **how)]
     return make_optimizer(groups, ([] if decouple_wd else [l2_reg]) + [step_stat, *cbs], lr=lr, mom=mom, eps=eps, wd=wd, **kwargs)
 
 # %% ../../nbs/algorithms/madgrad.ipynb #9c61fd70
