@@ -34,3 +34,4 @@ from .training.gradient_release import *
 from .training.optimizer_accumulation import *
 from .tools.plots import *
 from .tools.benchmark import *
+from .tools.catalogue import *

@@ -104,16 +104,20 @@ def test_no_compiler_is_a_line(monkeypatch, tmp_path):
     (2, dict(itemsize=2), 14),        # in bfloat16
     (2, dict(reduction=True), 40),    # LAMB: reads p, m, v again
     (1, dict(reduction=True), 28),    # LARC
-    (2, dict(slow_every=6), 28+8/6)]) # Ranger: slow weights read and written every sixth step
+    (2, dict(slow_every=6), 28+8/6),  # Ranger: slow weights read and written every sixth step
+    (1, dict(n_read=1), 24),          # Sophia: read p, g, m, h; write p, m
+    (4, {}, 44),                      # Adan: read p, g, m, v, n, prior g; write p, m, v, n, prior g
+    (0, dict(reduction=True), 16)])   # nothing of the parameter's size: read p, g; write p; read p again
 def test_bytes(n_state, kw, want): assert B.step_bytes(n_state, **kw)==pytest.approx(want)
 
 
 @pytest.mark.parametrize('optimizer,want', [('sgd',20), ('rmsprop',20), ('adam',28), ('radam',28), ('qhadam',28), ('larc',28), ('lamb',40),
-                                            ('ranger',28+8/6)])
+                                            ('ranger',28+8/6), ('adan',44), ('lion',20), ('sophia',24), ('stableadam',40), ('adamw_schedulefree',28)])
 def test_bytes_of_real_states(optimizer, want):
     "The count of states is that of the optimizer that ran"
-    rows = B.bench_case(TINY['tiny'], optimizer, (), (), rounds=1, warmup=0, limit=False)['rows']
-    assert rows[0]['bytes_per_element']==pytest.approx(want)
+    rows = B.bench_case(TINY['tiny'], optimizer, ('foreach',), (), rounds=1, warmup=0)['rows']
+    assert {r['contestant'] for r in rows}>={'fastxtend_opt foreach', 'memory limit'} # which moves as many
+    assert all(r['bytes_per_element']==pytest.approx(want) for r in rows)
 
 
 @pytest.mark.parametrize('optimizer', ['adam','lamb','ranger'])
@@ -123,7 +127,7 @@ def test_own_modes(optimizer):
     rows = {r['contestant']:r for r in res['rows']}
     assert set(rows)=={'fastai native','memory limit', *(f'fastxtend_opt {m}' for m in ('native','foreach','jit','fused'))}
     want = dict(adam=28, lamb=40, ranger=28+8/6)[optimizer]
-    assert all(r['bytes_per_element']==pytest.approx(28 if k=='memory limit' else want) for k,r in rows.items())
+    assert all(r['bytes_per_element']==pytest.approx(want) for r in rows.values())
 
 
 def test_python_cost():
@@ -139,11 +143,173 @@ def test_limit_touches_all_and_changes_nothing():
     lim.step()
     assert all(torch.equal(a, p) for a,p in zip(before, ps.params))
     assert sum(n for _,_,n in lim.chunks)==33035
-    # k=1: every element of each stream gets its gradient added
-    lim.fn(lim.tab.ctypes.data, lim.chunks.ctypes.data, len(lim.chunks), lim.w, 1., 1)
+    with pytest.raises(ValueError, match='a count of states >= 0, or one for each of the 2 parameters'): B.MemoryLimit(ps, -1)
+    with pytest.raises(ValueError, match='one for each of the 2 parameters'): B.MemoryLimit(ps, [1])
+
+
+@pytest.mark.parametrize('written', [0, 1, 3, 4, 5, 9])
+@pytest.mark.parametrize('read', [0, 1, 2])
+def test_limit_walks_every_stream(written, read):
+    "k=1: every element that is written gets what was read added, once"
+    ps = B.ParamSet([(0,1,(33000,)), (0,1,(5,7))])
+    before,lim = [p.detach().clone() for p in ps.params],B.MemoryLimit(ps, B.Streams(written, read))
+    for ss in lim.state:
+        for i,s in enumerate(ss): s.fill_(i if i>=written else 0)
+    lim.step(1.)
     for p,a,g,ss in zip(ps.params, before, ps.grads, lim.state):
-        assert torch.equal(p.detach(), a+g) and all(torch.equal(s, g) for s in ss)
-    with pytest.raises(ValueError, match='0 to 2 states'): B.MemoryLimit(ps, 3)
+        # what is only read is added to what goes beside it: at most one at a time, and never more than four written
+        assert torch.allclose(p.detach(), a+g+(written if read else 0), atol=1e-5)
+        got = [(s-g).mean().item() for s in ss[:written]]
+        goes = [written+i//4 if i//4<read else 0 for i in range(written)]
+        assert got==pytest.approx(goes, abs=1e-4)
+        assert all(torch.equal(s, torch.full_like(s, float(written+i))) for i,s in enumerate(ss[written:]))
+
+
+@pytest.mark.parametrize('written', [0, 2, 6])
+def test_limit_of_a_reduction_passes_twice(written):
+    "k=1: the states get gradient and parameter in the first pass, the parameter gets the states in the second"
+    ps = B.ParamSet([(0,1,(33000,)), (0,1,(5,7))])
+    before = [p.detach().clone() for p in ps.params]
+    lim = B.MemoryLimit(ps, [B.Streams(written, reduction=True), B.Streams(written)])
+    lim.step(1.)
+    p,a,g,ss = ps.params[0].detach(),before[0],ps.grads[0],lim.state[0]
+    for i,s in enumerate(ss): assert torch.allclose(s, g+a if i<4 else g, atol=1e-6)
+    assert torch.allclose(p, a+sum(ss), atol=1e-5)
+    assert lim.sink[0]!=0 # the sum that keeps the compiler from leaving the reading out
+    p,a,g,ss = ps.params[1].detach(),before[1],ps.grads[1],lim.state[1] # no reduction: one pass
+    assert torch.equal(p, a+g) and all(torch.equal(s, g) for s in ss)
+
+
+def test_limit_with_slow_weights():
+    "Every sixth step a further state is written"
+    ps = B.ParamSet([(0,1,(50,))])
+    lim = B.MemoryLimit(ps, B.Streams(2, slow=1, every=6))
+    for i in range(12):
+        lim.step(1.)
+        assert torch.allclose(lim.state[0][2], ps.grads[0]*((i+1)//6), atol=1e-6)
+        assert torch.allclose(lim.state[0][0], ps.grads[0]*(i+1), atol=1e-5)
+
+
+def test_streams_are_measured():
+    "States are counted as they behave, whatever they are called"
+    S = B.Streams
+    assert B.state_streams('adam', (64,3,7,7))==S(2) and B.state_streams('sgd', (5,))==S(1)
+    assert B.state_streams('sophia', (4,4))==S(1, read=1) # the Hessian is read, and written where it is estimated
+    assert B.state_streams('ranger', (4,4))==S(2, slow=1, every=6)
+    assert B.state_streams('larc', (4,4))==S(1, reduction=True) # local_lr is a number a tensor
+    assert B.state_streams('radam_schedulefree', (4,4))==S(2) # z does not move in the first steps, and does later
+    assert S(2, slow=1, every=6).bytes()==pytest.approx(28+8/6) and S(2, reduction=True).bytes(2)==20
+
+
+# ---------------------------------------------------------------- the table of peers
+SMALL = [(0,1,(16,8)), (0,0,(16,)), (0,1,(6,16,3,3)), (0,0,(4,)), (0,1,(20,18))]
+
+def trajectory(c, n=15):
+    "How far each parameter goes in `n` steps"
+    ps,gen = B.ParamSet(SMALL),torch.Generator().manual_seed(1)
+    start,opt = [p.detach().clone() for p in ps.params],c.make(ps, 1e-4)
+    for _ in range(n):
+        ps.restore()
+        for g in ps.grads: g.copy_(torch.randn(g.shape, generator=gen)*.01)
+        opt.step()
+    return torch.cat([(p.detach()-s).flatten() for p,s in zip(ps.params, start)]).double()
+
+def algorithms():
+    from fastxtend_opt.engine.registry import list_optimizers
+    return [o.name for o in list_optimizers()]
+
+@pytest.mark.parametrize('optimizer', algorithms())
+def test_contestants_are_the_same_algorithm(optimizer):
+    "Every mode and every peer goes where native goes, without decay and with it; whoever does not is said to differ, in the table"
+    for wd in (0.,.01):
+        found,missing = B.contestants(optimizer, ('native','foreach','jit','fused'), wd=wd)
+        reasons = {l:r for l,r in B.peer_table.get(optimizer, {}).items() if isinstance(r, str)}
+        assert {w:y for w,y in missing if 'No module named' not in y}=={l:f'NotImplementedError: {r}' for l,r in reasons.items()}
+        ref = trajectory(next(c for c in found if c.label=='fastxtend_opt native'))
+        assert ref.abs().max()>0
+        for c in found:
+            d = ((trajectory(c)-ref).abs().max()/ref.abs().max()).item()
+            note = '' if c.lib in ('fastai','fastxtend_opt') else (*B.peer_table.get(optimizer, {}).get(c.lib, ('','','')), '')[2]
+            if c.lib=='fastxtend' or note: assert d<100, f'{c.label}: {d}' # runs, and moves as far
+            # float32: wd*lr is 1e-6 of a weight, ten roundings of it; eps matters where a gradient is small
+            else: assert d<.02, f'{c.label}, wd={wd}: {d:.2g} of the way beside; the same algorithm? If it is not, say so in peer_table'
+
+def test_peer_table_is_used():
+    "No row of the table is left over from an algorithm that is gone"
+    for o,row in B.peer_table.items():
+        assert set(row)<=set(B.bench_peers), o
+        for lib,r in row.items(): assert isinstance(r, str) or (len(r) in (2,3) and isinstance(r[0], str) and isinstance(r[1], dict)), (o,lib)
+    assert ('torch','AdamW','betas=(0.9, 0.99), eps=1e-05','') in B.peer_rows('adam') and B.peer_rows('nobody')==[]
+    assert B.peer_rows('sophia')[0][:2]==('pytorch_optimizer','')
+
+
+# ---------------------------------------------------------------- the catalogue
+ONE = [(0,1,(16,8)), (0,0,(16,))]
+
+def test_catalogue_resumes(tmp_path, monkeypatch):
+    "What is measured is saved at once; an interrupted run goes on with what is left, and a complete one begins anew"
+    from fastxtend_opt.engine import registry
+    rows = [registry.get_optimizer(o) for o in ('adam','lamb','sgd')]
+    monkeypatch.setattr(registry, 'list_optimizers', lambda *a, **k: rows)
+    real,asked = B.bench_case,[]
+    def case(model, o, *a, **k):
+        asked.append(o)
+        if o=='lamb' and asked.count('lamb')==1: raise KeyboardInterrupt
+        return real(model, o, *a, **k)
+    monkeypatch.setattr(B, 'bench_case', case)
+    run = lambda **kw: B.bench_catalogue(tmp_path, model=ONE, modes=('foreach','fused'), peers=('torch',), rounds=2, warmup=0, progress=False, **kw)
+    with pytest.raises(KeyboardInterrupt): run()
+    half = json.loads((tmp_path/'catalogue.json').read_text())
+    assert list(half['optimizers'])==['adam'] and not half['complete'] and 'Not complete' in (tmp_path/'catalogue.md').read_text()
+    res = run()
+    assert asked==['adam','lamb','lamb','sgd'] and res['complete'] and 'Not complete' not in (tmp_path/'catalogue.md').read_text()
+    assert res['optimizers']['adam']==half['optimizers']['adam'] and json.loads((tmp_path/'catalogue.json').read_text())==res
+    assert sorted(f.name for f in tmp_path.iterdir())==['catalogue.json','catalogue.md','catalogue.png']
+    again = run(optimizers='Lamb') # one of them, again
+    assert asked[4:]==['lamb'] and again['optimizers']['sgd']==res['optimizers']['sgd'] and again['optimizers']['lamb']!=res['optimizers']['lamb']
+    run()
+    assert asked[5:]==['adam','lamb','sgd'] # it was complete
+
+
+def test_catalogue_does_not_mix_settings(tmp_path, monkeypatch):
+    from fastxtend_opt.engine import registry
+    monkeypatch.setattr(registry, 'list_optimizers', lambda *a, **k: [registry.get_optimizer('adam')])
+    run = lambda r, **kw: B.bench_catalogue(tmp_path, kw.pop('optimizers', None), ONE, (), ('torch',), r, 0, progress=False)
+    run(1)
+    assert run(2, optimizers=('sgd',))['rounds']==2
+    assert set(json.loads((tmp_path/'catalogue.json').read_text())['optimizers'])=={'sgd'}
+
+
+def test_catalogue_by_hand():
+    from fastxtend_opt.engine.registry import get_optimizer
+    def row(who, ms, bytes_=28):
+        lib,mode = ('','memory limit') if who=='memory limit' else who.split()
+        return dict(contestant=who, lib=lib, mode=mode, step=dict(median=ms), bytes_per_element=bytes_)
+    rows = [row('fastai native', 100.), row('fastxtend_opt native', 90.), row('fastxtend_opt foreach', 50.), row('fastxtend_opt jit', 40.), row('fastxtend_opt fused', 20.),
+            row('torch loop', 60.), row('torch fused', 22.), row('timm foreach', 45.), row('memory limit', 14.)]
+    e = B._catalogue_entry(dict(rows=rows, missing=[dict(who='po', why='gone', optimizer='adam')]), get_optimizer('adam'), [1.,1.,1.], 3.)
+    assert e['of_limit']==.7 and e['of_limit_goal']==.75 and e['of_limit_reached'] is False
+    assert e['best_peer']=='torch fused' and e['vs_best_peer']==dict(foreach=22/50, jit=22/40, fused=1.1) and e['none_slower'] is False
+    assert e['best_unfused_peer']=='timm foreach' and e['vs_best_unfused_peer']==dict(foreach=.9, jit=45/40, fused=2.25)
+    lamb = B._catalogue_entry(dict(rows=rows, missing=[]), get_optimizer('lamb'), None, 3.)
+    assert lamb['of_limit_goal']==.6 and lamb['of_limit_reached'] is True
+    alone = B._catalogue_entry(dict(rows=rows[:5], missing=[]), get_optimizer('adam'), None, 3.) # neither peer nor limit: neither reached nor missed
+    assert alone['best_peer'] is None and alone['none_slower'] is None and alone['of_limit_reached'] is None
+    text = B.catalogue_report(dict(optimizers=dict(adam=e, lamb=lamb, alone=alone), model='custom', complete=True, rounds=1, machine=B.machine_info()))
+    assert '| adam | elementwise | 28 | 20 | 14 | 0.70 | >= 0.75 | **no** |' in text and '| lamb | reduction | 28 | 20 | 14 | 0.70 | >= 0.6 | yes |' in text
+    assert '1 of 2 reach the goal' in text and '- po (adam): gone' in text and '| adam | torch fused | **0.44** | **0.55** | 1.1 | **no** | timm foreach | **0.90** | 1.12 | 2.25 |' in text
+
+
+def test_cli_catalogue(tmp_path, capsys):
+    argv = 'bench --catalogue --optimizers sgd --models mlp2000 --modes fused --peers --rounds 1 --warmup 0 --threads 1 --out'.split()
+    assert main([*argv, str(tmp_path)])==0
+    out = capsys.readouterr().out
+    assert 'of the memory limit' in out and 'Not complete' in out
+    res = json.loads((tmp_path/'catalogue.json').read_text())
+    assert res['model']=='mlp2000' and list(res['optimizers'])==['sgd'] and 0<res['optimizers']['sgd']['of_limit']<3
+    assert (tmp_path/'catalogue.png').read_bytes()[:4]==b'\x89PNG'
+    assert main('bench --catalogue --optimizers nobody --quiet'.split())==2 and "no optimizer 'nobody'" in capsys.readouterr().err
+    assert main('bench --catalogue --models xresnet18 mlp2000 --quiet'.split())==2 and 'one model' in capsys.readouterr().err
 
 
 def test_layer_groups_and_weight_decay():

@@ -91,7 +91,8 @@ def _output(page, o, opts):
         width = _width(page.files[name]) if ext=='png' else ''
         return raw(f'<figure><img src="files/{name}" alt="{html.escape(alt)}"{width} loading="lazy">{cap}</figure>')
     if 'text/html' in data:
-        txt = re.sub(r'<(script|style)\b.*?</\1>', '', _text(data['text/html']), flags=re.S|re.I).strip()
+        # a table's own script and style are kept; what pandas puts beside every frame, and a progress bar, is not the site's
+        txt = re.sub(r'<style scoped>.*?</style>|<style>[^<]*progress[^<]*</style>', '', _text(data['text/html']), flags=re.S|re.I).strip()
         return raw(f'<div class="output html">{txt}</div>') if txt else ''
     if 'text/markdown' in data: return f"\n{_text(data['text/markdown'])}\n"
     if 'text/latex' in data: return f"\n{_text(data['text/latex'])}\n"

@@ -9,21 +9,21 @@ import argparse, sys
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/tools/cli.ipynb #3a4ff217
+# %% ../../nbs/tools/cli.ipynb #8ec22ec3
 def _bench_parser(sub):
     p = sub.add_parser('bench', help='step times of optimizers, modes and peers',
         description='Step times of optimizers x modes x peers on the parameters of real models, in turns, beside the memory limit.')
     def add(name, help, **kw): p.add_argument(name, help=help + ('' if kw.get('default') is None else ' (default: %(default)s)'), **kw)
     some,many,n = dict(nargs='+', metavar='NAME'),dict(nargs='*', metavar='NAME'),dict(type=int, metavar='N')
-    add('--models', "stored parameter sets, or 'all'; see --list", default=['xresnet18','xresnet50','mlp2000'], **some)
-    add('--optimizers', "algorithms, or 'all'", default=['adam'], **some)
-    add('--modes', "this library's modes; 'native' too", default=['foreach','jit','fused'],
+    add('--models', "stored parameter sets, or 'all'; see --list (default: xresnet18 xresnet50 mlp2000; xresnet50 with --catalogue)", **some)
+    add('--optimizers', "algorithms, or 'all' (default: adam; all with --catalogue)", **some)
+    add('--modes', "this library's modes; 'native' too (default: foreach jit fused; all four with --catalogue)",
         choices=['native','foreach','jit','fused'], **many)
     add('--peers', 'other libraries (default: all that are installed; torch only with --tables)', **many)
     add('--layouts', 'one: a single group; groups: layer groups, no weight decay on norms and biases', default=['one'],
         choices=['one','groups'], **some)
-    add('--rounds', 'samples of each contestant', default=20, **n)
-    add('--warmup', 'rounds before the first sample', default=3, **n)
+    add('--rounds', 'samples of each contestant (default: 20; at most 7 with --catalogue)', **n)
+    add('--warmup', 'rounds before the first sample (default: 3; 1 with --catalogue)', **n)
     add('--threads', "threads (default: torch's own number)", **n)
     add('--out', 'write JSON, markdown and a plot into this folder', metavar='DIR')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
@@ -32,6 +32,8 @@ def _bench_parser(sub):
     one.add_argument('--goals', action='store_true', help="measure the project's goals: the eight algorithms on XResNet50 and the "
                      "2,000-layer MLP, first step, memory, Python's cost")
     one.add_argument('--tables', action='store_true', help='the two tables of the original page: adam, every stored model, both layouts')
+    one.add_argument('--catalogue', action='store_true', help='every registered optimizer on one model, beside its own memory limit and all peers; '
+                     'saved after each, and an interrupted run goes on; --optimizers measures some of them again')
     p.set_defaults(run=_bench)
 
 def _parser():
@@ -43,22 +45,32 @@ def _parser():
     d.set_defaults(run=_demo)
     return p
 
-# %% ../../nbs/tools/cli.ipynb #4c88f4c6
+# %% ../../nbs/tools/cli.ipynb #d523be18
 def _bench(a, rest):
     from fastxtend_opt.tools import benchmark as b
     if a.list:
         for k,v in b.list_models().items(): print(f'{k:16} {v}')
         return 0
-    models = list(b.list_models()) if a.models==['all'] else a.models
+    def or_(x, default): return default if x is None else x
+    def given(**kw): return {k:v for k,v in kw.items() if v is not None}
+    peers = tuple(or_(a.peers, ['torch'] if a.tables else list(b.bench_peers)))
     optimizers = a.optimizers
     if optimizers==['all']:
         from fastxtend_opt.engine.registry import list_optimizers
         optimizers = [o.name for o in list_optimizers()]
-    peers = a.peers if a.peers is not None else ['torch'] if a.tables else list(b.bench_peers)
-    kw = dict(rounds=a.rounds, threads=a.threads, peers=tuple(peers), progress=not a.quiet)
+    if a.catalogue:
+        models = or_(a.models, ['xresnet50'])
+        if len(models)>1 or models==['all']: raise ValueError(f"--catalogue takes one model, not {' '.join(models)}.")
+        result = b.bench_catalogue(a.out, optimizers, models[0], peers=peers, threads=a.threads, progress=not a.quiet,
+                                   **given(rounds=a.rounds, warmup=a.warmup, modes=a.modes))
+        print(b.catalogue_report(result))
+        return 0
+    models,optimizers = or_(a.models, ['xresnet18','xresnet50','mlp2000']),or_(optimizers, ['adam'])
+    models = list(b.list_models()) if models==['all'] else models
+    kw = dict(rounds=or_(a.rounds, 20), threads=a.threads, peers=peers, progress=not a.quiet)
     if a.goals: result,stem = b.bench_goals(**kw),'goals'
     else:
-        kw |= dict(modes=tuple(a.modes), warmup=a.warmup)
+        kw |= dict(modes=tuple(or_(a.modes, ['foreach','jit','fused'])), warmup=or_(a.warmup, 3))
         if a.tables: result,stem = b.bench_steps(list(b.list_models()), ('adam',), layouts=('one','groups'), **kw),'tables'
         else: result,stem = b.bench_steps(models, optimizers, layouts=a.layouts, **kw),'steps'
     if a.tables:
