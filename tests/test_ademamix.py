@@ -100,3 +100,8 @@ def test_ramps():
     assert b==sorted(b) and 0<b[0]<.99
     for t in range(1,10): assert warmed_beta3(.999, 10, .9, t)==pytest.approx(np.exp(np.log(.9)*np.log(.999)/((1-t/10)*np.log(.999) + t/10*np.log(.9))), rel=1e-12)
     assert [warmed_alpha(5., 0, 1), warmed_alpha(5., 10, 1), warmed_alpha(5., 10, 99)]==[5.,.5,5.]
+
+def test_no_callback_without_need():
+    learn = learner('ademamix', 'native', opt_kw=dict(alpha_warmup=5))
+    learn.fit(1, 1e-3)
+    assert not any(isinstance(o, FitSteps) for o in learn.cbs) and learn.opt.hypers[0]['fit_steps']==0

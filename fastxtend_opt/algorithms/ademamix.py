@@ -105,7 +105,7 @@ hyper_ranges.update(alpha_warmup=Within(-1, whole=True, tip=_steps_tip), beta3_w
                     beta3_start=Within(0, 1, open_hi=True, tip='Leave it out for the value of mom.'),
                     fit_steps=Within(0, whole=True, tip='A Learner sets it.'))
 
-# %% ../../nbs/algorithms/ademamix.ipynb #4e25b922
+# %% ../../nbs/algorithms/ademamix.ipynb #034cc5b5
 @options(alpha=Within(0, tip='It is the weight of the slow average, 2 to 10 as a rule; 0 is Adam.'))
 def AdEMAMix(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -127,7 +127,7 @@ def AdEMAMix(
     averages = ([partial(average_grad, dampening=True)] if in_use('mom', mom, groups) else []) + [average_sqr_grad, slow_average]
     opt = make_optimizer(groups, [check_warmups, weight_decay, step_stat, *averages, ademamix_step], lr=lr, mom=mom, sqr_mom=sqr_mom, beta3=beta3, alpha=alpha,
                          alpha_warmup=alpha_warmup, beta3_warmup=beta3_warmup, eps=eps, wd=wd, beta3_start=mom, fit_steps=0, **kwargs)
-    opt.learner_cbs = (*getattr(opt, 'learner_cbs', ()), FitSteps)
+    if any(h[k]<0 for h in opt.hypers for k in ('alpha_warmup','beta3_warmup')): opt.learner_cbs = (*getattr(opt, 'learner_cbs', ()), FitSteps)
     return opt
 
 # %% ../../nbs/algorithms/ademamix.ipynb #409b86cf

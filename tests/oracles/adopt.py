@@ -19,4 +19,4 @@ def po_adopt(h):
     return lambda g: pytorch_optimizer.ADOPT(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=h['decouple_wd'], foreach=False)
 
 PEERS = [(timm_adopt, h, ('none','decoupled','L2')) for h in CASES]
-DEVIATIONS = [(po_adopt, CASES[0], 1e-3)]
+DEVIATIONS = [(po_adopt, CASES[0], .01)]
