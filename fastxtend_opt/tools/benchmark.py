@@ -268,7 +268,7 @@ class MemoryLimit:
         self.fn(tab.ctypes.data, tab.shape[1], kinds.ctypes.data, self.chunks.ctypes.data, len(self.chunks), self.sink.ctypes.data, k, self.twice, torch.get_num_threads())
     def zero_grad(self): pass
 
-# %% ../../nbs/tools/benchmark.ipynb #16fee219
+# %% ../../nbs/tools/benchmark.ipynb #c38a6e98
 class Contestant(NamedTuple):
     "Somebody who takes steps"
     lib:str # 'fastai', 'fastxtend_opt', 'torch', 'optimi', ...
@@ -288,7 +288,9 @@ def _fastai_style(func, pset, lr):
     return opt
 
 def _torch_style(cls, kw, pset, lr, wd=.01):
-    opt = cls(pset.torch_groups(wd), lr=lr, **{k:v(lr) if callable(v) else v for k,v in kw.items()})
+    groups = pset.torch_groups(wd)
+    if 'weight_decay' not in inspect.signature(cls).parameters: groups = [dict(params=g['params']) for g in groups]
+    opt = cls(groups, lr=lr, **{k:v(lr) if callable(v) else v for k,v in kw.items()})
     if hasattr(opt, 'train'): opt.train() # the schedule-free ones refuse to step before
     return opt
 
@@ -303,7 +305,7 @@ def _ours(name, modes, wd):
     kw = _our_hypers(info, wd)
     return [Contestant('fastxtend_opt', m, partial(_fastai_style, info.factory(**kw, **({} if m=='native' else {m:True})))) for m in modes if m in info.modes]
 
-# %% ../../nbs/tools/benchmark.ipynb #957831f1
+# %% ../../nbs/tools/benchmark.ipynb #917ef11d
 _b99,_b999,_adam = dict(betas=(.9,.99)),dict(betas=(.9,.999)),dict(betas=(.9,.99), eps=1e-5)
 _l2 = dict(weight_decouple=False)
 _l2_only = 'its decay is L2, ours decoupled'
@@ -332,11 +334,11 @@ peer_table = dict(
     sgd_schedulefree=dict(schedulefree=('SGDScheduleFree', {}), pytorch_optimizer=('ScheduleFreeSGD', {})),
     adamw_schedulefree=dict(schedulefree=('AdamWScheduleFree', {}), pytorch_optimizer=('ScheduleFreeAdamW', {})),
     radam_schedulefree=dict(schedulefree=('RAdamScheduleFree', {}), pytorch_optimizer=('ScheduleFreeRAdam', {})),
-    rprop=dict(torch=('Rprop', {})),
+    rprop=dict(torch=('Rprop', {}, 'it has no weight decay')),
     adagrad=dict(torch=('Adagrad', dict(eps=1e-10))),
     adadelta=dict(torch=('Adadelta', {}), pytorch_optimizer=('AdaDelta', {})),
     adamax=dict(torch=('Adamax', {}), pytorch_optimizer=('AdaMax', {})),
-    nadam=dict(torch=('NAdam', {}), timm=('NAdamW', {}, 'its decay is decoupled, ours L2')),
+    nadam=dict(torch=('NAdam', {}), timm=('NAdamLegacy', {})),
     qhm=dict(pytorch_optimizer=('QHM', dict(momentum=.999, nu=.7))),
     yogi=dict(pytorch_optimizer=('Yogi', _l2, 'its average of gradients starts at 1e-6')),
     aggmo=dict(pytorch_optimizer=('AggMo', {})),
@@ -351,12 +353,12 @@ peer_table = dict(
     grams=dict(pytorch_optimizer=('Grams', {})),
     ademamix=dict(pytorch_optimizer=('AdEMAMix', dict(weight_decouple=True))),
     swats=dict(pytorch_optimizer=('SWATS', dict(eps=1e-9), 'its eps is its tolerance too')),
-    adafactor=dict(torch=('Adafactor', {}), pytorch_optimizer=('AdaFactor', dict(betas=(None,.999), relative_step=False), 'it has 1e-30 in the squares, and a cap on beta2'),
-                   timm=('Adafactor', {}, 'it has 1e-30 in the squares, and factors the two largest axes')),
+    adafactor=dict(torch=('Adafactor', {}), pytorch_optimizer=('AdaFactor', dict(betas=(None,.999), relative_step=False), 'it has 1e-30 in the squares, caps beta2, and decays by the scaled rate'),
+                   timm=('Adafactor', {}, 'it has 1e-30 in the squares, and given a rate it does not scale it by the weights')),
     novograd=dict(pytorch_optimizer=('NovoGrad', {}), timm=('NvNovoGrad', {})),
     adamp=dict(pytorch_optimizer=('AdamP', {}, _eps), timm=('AdamP', {})),
     sgdp=dict(pytorch_optimizer=('SGDP', dict(momentum=.9)), timm=('SGDP', dict(momentum=.9))),
-    apollo=dict(pytorch_optimizer=('ApolloDQN', dict(init_lr=lambda lr: lr/1000))),
+    apollo=dict(pytorch_optimizer=('ApolloDQN', dict(init_lr=lambda lr: lr/1000), 'its warm-up is a step ahead')),
     came=dict(pytorch_optimizer=('CAME', {})),
     adam_mini=dict(pytorch_optimizer='its AdamMini takes a model and the names of its layers, not parameters'),
     mars=dict(pytorch_optimizer=('MARS', dict(lr_1d=lambda lr: lr, weight_decay_1d=.01), 'its first step scales the gradient'),

@@ -26,7 +26,7 @@ def catalogue_rows(
     "What the registry knows of all optimizers, or of those asked for, as plain data"
     return sorted((catalogue_row(o) for o in list_optimizers(kind, category, mode)), key=lambda r: r['title'].lower())
 
-# %% ../../nbs/tools/catalogue.ipynb #ef6da1ab
+# %% ../../nbs/tools/catalogue.ipynb #4b3958e3
 _arxiv = re.compile(r'(\d{4}\.\d{4,5})')
 
 def _html(s):
@@ -57,14 +57,16 @@ _columns = (('optimizer', lambda r: r['title'].lower(), lambda r: f'<a href="{r[
     ('family', lambda r: r['category'], lambda r: html.escape(r['category'])),
     ('kind', lambda r: r['kind'], lambda r: r['kind']),
     ('modes', lambda r: len(r['modes']), lambda r: 'all four' if len(r['modes'])==4 else ', '.join(r['modes'])),
-    ('state, bytes a parameter', lambda r: round(r['bytes'], 4), _bytes),
+    ('bytes of state', lambda r: round(r['bytes'], 4), _bytes),
     ('settings', lambda r: len(r['settings']), _settings),
     ('needs of the loop', lambda r: r['needs'].lower() or '~', lambda r: _html(r['needs']) or 'nothing'))
 
 _style = '''<style>
 table.catalogue { font-size: .82em; line-height: 1.4 }
-table.catalogue td { vertical-align: top; text-align: left }
-table.catalogue th button { all: unset; cursor: pointer; font-weight: 600; white-space: nowrap }
+table.catalogue td, table.catalogue th { vertical-align: top; text-align: left; white-space: normal; padding: .4em .5em }
+table.catalogue th button { all: unset; cursor: pointer; font-weight: 600 }
+table.catalogue td:nth-child(3) { min-width: 14em }
+table.catalogue td:nth-child(4), table.catalogue td:nth-child(9) { min-width: 8em }
 table.catalogue th button:focus-visible { outline: 2px solid currentColor }
 table.catalogue th button::after { content: " \\2195"; opacity: .45 }
 table.catalogue th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1 }
@@ -98,7 +100,7 @@ def catalogue_html(
     def _cell(r, key, show): return f'<td data-sort="{html.escape(str(key(r)))}">{show(r)}</td>'
     body = '\n'.join(f'<tr id="{r["name"]}">' + ''.join(_cell(r, key, show) for _,key,show in _columns) + '</tr>' for r in rows)
     # Quarto would else take the table apart and lose what it is sorted by
-    return f'{_style}\n<table class="catalogue" data-quarto-disable-processing="true">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n{_script}'
+    return f'{_style}\n<div style="overflow-x: auto">\n<table class="catalogue" data-quarto-disable-processing="true">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>\n{_script}'
 
 def catalogue_table(
     kind:str=None, # Only this kind: one of `KINDS`
