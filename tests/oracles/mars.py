@@ -1,4 +1,4 @@
-"MARS: the paper's approximate form, timm, and pytorch_optimizer but for its first step"
+"MARS: the paper's approximate form, timm, and how far pytorch_optimizer is"
 import pytest
 from reference.mars import MARS
 from oracles import peer
@@ -16,11 +16,11 @@ def timm_mars(h):
     return lambda g: timm.Mars(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], gamma=h['gamma'], mars_type=h['mars_type'], optimize_1d=h['optimize_1d'],
                                betas_1d=(h['mom_1d'],h['sqr_mom_1d']), lr_1d_factor=h['lr_1d_factor'])
 
-@peer(rtol=1e-7, atol=1e-8)
+@peer()
 def po_mars(h):
-    "It adds a small number to the norm that it cuts"
+    "Its eps stands beside the root of what is not debiased"
     po = pytest.importorskip('pytorch_optimizer')
     return lambda g: po.MARS(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], gamma=h['gamma'], mars_type=h['mars_type'], optimize_1d=h['optimize_1d'], foreach=False)
 
-PEERS = [(timm_mars, h, ('none','decoupled')) for h in CASES] + [(po_mars, {**CASES[0], 'gamma':0., 'optimize_1d':True}, ('none','decoupled'))]
+PEERS = [(timm_mars, h, ('none','decoupled')) for h in CASES]
 DEVIATIONS = [(po_mars, {**CASES[2], 'eps':1e-8}, 1e-2)] # it takes the gradient before the first as 0
