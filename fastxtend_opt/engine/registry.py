@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['hyper_ranges', 'HIGH_WD', 'MODES', 'OPTIONS', 'CATEGORIES', 'KINDS', 'Within', 'valid_hyper', 'group_values',
-           'as_groups', 'in_use', 'decays_weights', 'fully_decoupled', 'warn_high_wd', 'pick_mode', 'make_optimizer',
-           'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer', 'factory', 'take_steps',
-           'mode_differences']
+           'as_groups', 'in_use', 'decays_weights', 'fully_decoupled', 'cautious_step', 'warn_high_wd', 'pick_mode',
+           'make_optimizer', 'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer', 'factory',
+           'take_steps', 'mode_differences']
 
 # %% ../../nbs/engine/08_registry.ipynb #e5b1cb46
 import importlib, inspect, math, pkgutil, re, warnings
@@ -175,8 +175,8 @@ def fully_decoupled(
                          "Set it with opt.set_hyper('max_lr', ...), to the peak of the learning rate.")
     return cb(p, lr=lr, wd=wd/max_lr if max_lr else 0., **kwargs)
 
-# %% ../../nbs/engine/08_registry.ipynb #2890350d
-def _unwrap(cb): return _unwrap(cb.func) if isinstance(cb, partial) else cb
+# %% ../../nbs/engine/08_registry.ipynb #b499bec0
+def _unwrap(cb): return _unwrap(cb.args[0] if cb.func in (fully_decoupled,cautious_step) else cb.func) if isinstance(cb, partial) else cb
 
 def _decouple_lr(cbs):
     "`cbs`, with those that decay by `lr*wd` run by `fully_decoupled`"
@@ -189,6 +189,54 @@ def _decouple_lr(cbs):
         raise ValueError(f"decouple_lr=True, but no stepper of {', '.join(getattr(f, '__name__', type(f).__name__) for f in fs)} decays the weights: "
                          "add fastai's `weight_decay`, or mark your own with `@decays_weights`.")
     return [partial(fully_decoupled, cb) if m else cb for cb,m in zip(cbs, marked)]
+
+# %% ../../nbs/engine/08_registry.ipynb #e9abfcf7
+def cautious_step(
+    cb, # A stepper that changes the parameter
+    p, # The parameter
+    **kwargs
+): # What `cb` returns
+    "Run `cb`, and keep of its step the elements that go against the gradient, divided by their share of the tensor (at least 1e-3)"
+    before = p.data.clone()
+    new = cb(p, **kwargs)
+    update = before - p.data
+    mask = (torch.sign(update)*torch.sign(p.grad.data) > 0).to(update.dtype)
+    p.data.copy_(before - update*(mask/mask.mean().clamp(min=1e-3)))
+    return new
+
+# %% ../../nbs/engine/08_registry.ipynb #7c88aed7
+def _copied(state): return {k:v.clone() if isinstance(v, Tensor) else v for k,v in state.items()}
+
+def _try_steppers(cbs, hyper):
+    "Places of the steppers that change a parameter without decay, and of those of them that decay too"
+    p,state,moving,decaying = nn.Parameter(torch.linspace(.5, 1, 8, dtype=torch.float64).view(2, 2, 2, 1)),{},set(),set()
+    hyper = {**hyper, 'lr':.01, 'wd':0.}
+    for t in range(8): # some do not move at their first steps
+        p.grad = (t+1)*torch.linspace(1, 2, 8, dtype=torch.float64).view_as(p)
+        for i,cb in enumerate(cbs):
+            old,grad,start = p.detach().clone(),p.grad.clone(),_copied(state)
+            new = cb(p, **{**state, **hyper})
+            if isinstance(new, dict): state = {**state, **new}
+            if torch.equal(old, p): continue
+            moving.add(i)
+            after,grad_after,p.grad = p.detach().clone(),p.grad,grad
+            p.data.copy_(old)
+            cb(p, **{**start, **hyper, 'wd':.5})
+            if not torch.equal(after, p): decaying.add(i)
+            p.data.copy_(after)
+            p.grad = grad_after
+    return moving,decaying
+
+# %% ../../nbs/engine/08_registry.ipynb #41a2b9a9
+def _cautious(cbs, hyper):
+    "`cbs`, with those that step run by `cautious_step`"
+    try:
+        with torch.no_grad(), torch.random.fork_rng([]): moving,decaying = _try_steppers(cbs, hyper)
+    except Exception as e: raise ValueError(f"cautious=True: the steppers were tried on a small tensor to find those that change the parameter, and failed there: {e}") from e
+    def _names(places): return ', '.join(getattr(f, '__name__', type(f).__name__) for f in (_unwrap(cbs[i]) for i in sorted(places)))
+    if decaying: raise ValueError(f"cautious=True: {_names(decaying)} decays the weights and steps in one, and a decay must not be masked. Leave out cautious=True, or use an optimizer whose decay is a stepper of its own.")
+    if not moving: raise ValueError(f"cautious=True: no stepper of {_names(range(len(cbs)))} changes the parameter.")
+    return L(partial(cautious_step, cb) if i in moving else cb for i,cb in enumerate(cbs))
 
 # %% ../../nbs/engine/08_registry.ipynb #3bee733f
 HIGH_WD = 1e-3
@@ -248,7 +296,7 @@ def _group_hypers(groups, defaults):
             res[k][i] = valid_hyper(k, v)
     return res
 
-# %% ../../nbs/engine/08_registry.ipynb #04fa590b
+# %% ../../nbs/engine/08_registry.ipynb #f27d553d
 def make_optimizer(
     params, # Parameters: an iterable of tensors, of lists (a group each), or of dicts with 'params' and a group's own hyperparameters
     cbs, # Steppers, in the order in which they run
@@ -261,6 +309,7 @@ def make_optimizer(
     seed:int=0, # Of the stochastic rounding, in [0, 2^24)
     decouple_lr:bool=False, # Fully decoupled weight decay: by `lr/max_lr*wd` a step, not `lr*wd`? `wd` is then 1e-6 to 1e-4
     max_lr:float|slice=None, # Peak of `lr`, for `decouple_lr`, > 0; `None`: in a `Learner` that of each fit's schedule, elsewhere `lr`
+    cautious:bool=False, # Move only the elements whose step agrees with their gradient, and these farther?
     **defaults # Hyperparameters: a number for all groups, a slice, or a list with a value a group
 )->Optimizer: # `NativeOptimizer`, which steps as fastai's, without a flag, or the engine that the flag names
     "Check everything, then build an optimizer that runs `cbs` in the mode that the flags ask for"
@@ -272,6 +321,7 @@ def make_optimizer(
     given = [max_lr is not None or 'max_lr' in g for g in groups]
     if decouple_lr: hypers['max_lr'] = [m if f else lr for m,f,lr in zip(hypers['max_lr'], given, hypers['lr'])]
     storage = Storage(kahan_sum, state_dtype, stochastic_rounding, seed)
+    if cautious: cbs = _cautious(cbs, {k:v[0] for k,v in hypers.items()})
     opt = _classes[mode]([g['params'] for g in groups], cbs, **hypers)
     opt.storage = storage
     if decouple_lr:
@@ -280,13 +330,13 @@ def make_optimizer(
         warn_high_wd(opt)
     return opt
 
-# %% ../../nbs/engine/08_registry.ipynb #90d94f27
+# %% ../../nbs/engine/08_registry.ipynb #bf754bb0
 def options(
     f=None, # Function of an algorithm, whose last argument is `**kwargs`
     /,
     **ranges # Hyperparameters that may be something else here than elsewhere: name to `Within`
 ): # `f`, which says in its signature what `**kwargs` may be, and takes nothing else
-    "Give the function of an algorithm the options of `make_optimizer`: mode, storage and full decoupling of the decay"
+    "Give the function of an algorithm the options of `make_optimizer`: mode, storage, full decoupling of the decay, caution"
     if f is None: return partial(options, **ranges)
     f = delegates(make_optimizer)(f)
     sig = inspect.signature(f)
