@@ -12,8 +12,8 @@ from .tape import Tape, SCALAR_REF
 # %% auto #0
 __all__ = ['TapeInstr', 'schedule_tape', 'run_foreach']
 
-# %% ../../nbs/engine/03_foreach.ipynb #624a839b
-TapeInstr = namedtuple('TapeInstr', 'op dst inplace args free exact') # One call: operation, buffer of the result, in place?, operands, buffers that are free afterwards, numbers as tensors?
+# %% ../../nbs/engine/03_foreach.ipynb #53288b14
+TapeInstr = namedtuple('TapeInstr', 'op dst inplace args free exact dims', defaults=((),)) # One call: operation, buffer of the result, in place?, operands, buffers that are free afterwards, numbers as tensors?, axes of a reduction
 TapeInstr.__doc__ = "One call of a scheduled tape; operands below `SCALAR_REF` are buffers: slots first, then temporaries"
 
 def schedule_tape(
@@ -37,7 +37,7 @@ def schedule_tape(
         else: buf[j],n = n,n+1
         dead = {buf[r] for r in args if r < SCALAR_REF and last[r] == j and buf[r] >= ns} - {buf[j]}
         exact = OPS[name].exact and tape.device.type == 'cpu' and types[j][1] in (torch.bfloat16, torch.float16)
-        res.append(TapeInstr(name, buf[j], into, tuple(buf[r] if r < SCALAR_REF else r for r in args), tuple(dead), exact))
+        res.append(TapeInstr(name, buf[j], into, tuple(buf[r] if r < SCALAR_REF else r for r in args), tuple(dead), exact, tape.dims(j) if OPS[name].reduce else ()))
     copies = [(i, buf[r]) for i,r in stores if buf[r] != i]
     while copies: # a slot that another copy still reads is written later
         c = next((c for c in copies if all(c[0] != src for dst,src in copies if (dst,src) != c)), None)
@@ -48,7 +48,7 @@ def schedule_tape(
             copies,n = [(dst, n if s==src else s) for dst,s in copies],n+1
     return res, n
 
-# %% ../../nbs/engine/03_foreach.ipynb #305180d5
+# %% ../../nbs/engine/03_foreach.ipynb #8187173e
 _CHUNK = 1<<18 # Elements that a CPU works on at a time
 _programs = {}
 
@@ -60,15 +60,16 @@ def _program(tape):
 
 def _run(prog, nbuf, tensors, scalars):
     env = tensors + [None]*(nbuf-len(tensors))
-    for op,dst,inplace,args,free,exact in prog:
+    for op,dst,inplace,args,free,exact,dims in prog:
         xs = [env[a] if a < SCALAR_REF else scalars[a-SCALAR_REF] if not exact else torch.tensor(scalars[a-SCALAR_REF], dtype=torch.float64) for a in args]
         if op == 'copy': torch._foreach_copy_(*xs)
         elif op == 'clone': env[dst] = torch._foreach_clone(*xs) if hasattr(torch, '_foreach_clone') else [x.clone() for x in xs[0]]
         elif inplace: OPS[op].foreach_(*xs)
+        elif dims: env[dst] = [OPS[op].along(x, dims) for x in xs[0]]
         else: env[dst] = OPS[op].foreach(*xs)
         for b in free: env[b] = None
 
-# %% ../../nbs/engine/03_foreach.ipynb #38f17177
+# %% ../../nbs/engine/03_foreach.ipynb #828a4303
 def _batches(tape, tensors, whole):
     "Lists of tensors that fit a cache, together all of `tensors`"
     batch,size = [],0
@@ -92,6 +93,6 @@ def run_foreach(
     "Do what `tape` says to all `tensors`, in place"
     prog,nbuf = _program(tape)
     if one_by_one: parts = ([[t] for t in ts] for ts in zip(*tensors))
-    elif tape.device.type == 'cpu': parts = _batches(tape, tensors, any(k == 's' for k,_ in tape.types) or any(s.kind == 's' for s in tape.slots) or any(o[0] == 'sround_bfloat16' for o in tape.ops))
+    elif tape.device.type == 'cpu': parts = _batches(tape, tensors, any(k != 'e' for k,_ in tape.types) or any(s.kind != 'e' for s in tape.slots) or any(o[0] == 'sround_bfloat16' for o in tape.ops))
     else: parts = [tensors]
     for part in parts: _run(prog, nbuf, part, tape.scalars)

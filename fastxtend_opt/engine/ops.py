@@ -13,7 +13,7 @@ import torch.nn.functional as F
 # %% auto #0
 __all__ = ['OPS', 'SROUND_SOURCE', 'sround_bfloat16', 'Op', 'add_op']
 
-# %% ../../nbs/engine/00_ops.ipynb #cf77dee2
+# %% ../../nbs/engine/00_ops.ipynb #a84a78f3
 @dataclass(frozen=True)
 class Op:
     "One operation: its meaning in eager torch, and how each backend says it"
@@ -27,6 +27,8 @@ class Op:
     triton:str='' # Triton expression of compute-type values; '' if there is none: no fused step on a GPU
     boolean:bool=False # Is the result a mask?
     reduce:str='' # '', or the C++ accumulator: 'sum' or 'max'
+    along:Callable|None=None # Of a reduction: the same along axes, of a tensor and a tuple of axes, which stay with size 1
+    script_along:str='' # TorchScript expression of that, with `{dims}` a list of axes
     finish:str='' # C++ expression that makes a reduction's result from its accumulator
     triton_finish:str='' # The same for Triton; '' if it is the same text
     inverse:str='' # C++ expression if operand 1 is a number, with `{1}` its reciprocal: a vector multiplication where a division would take ten times as long
@@ -34,7 +36,7 @@ class Op:
 
 OPS:dict[str,Op] = {} # The table, by name
 
-# %% ../../nbs/engine/00_ops.ipynb #148b0f74
+# %% ../../nbs/engine/00_ops.ipynb #92f1384c
 def _each(f):
     "`f` on lists: one call a tensor, where torch has no `_foreach_` function"
     def _inner(*xs):
@@ -52,7 +54,7 @@ def add_op(
     foreach_:Callable|None=None, # In-place list version, or None
     triton:str='', # Triton expression; empty: the C++ text, if it is one for Triton too
     nargs:int=1, # Number of operands
-    **kwargs # `boolean`, `reduce`, `finish`, `triton_finish`, `inverse`, `exact` of `Op`
+    **kwargs # `boolean`, `reduce`, `along`, `script_along`, `finish`, `triton_finish`, `inverse`, `exact` of `Op`
 ):
     "Add a row to `OPS`; `ValueError` if there is one of that name"
     if name in OPS: raise ValueError(f"add_op: there is an operation '{name}' already")
@@ -144,9 +146,12 @@ exec(SROUND_SOURCE, _names)
 sround_bfloat16 = _names['sround_bfloat16']
 add_op('sround_bfloat16', sround_bfloat16, 'CT(sround_bf16({0}, uint32_t(idx), {1}, {2}, {3}))', 'sround_bfloat16({0}, {1}, {2}, {3})', triton='sround_bf16({0}, idx, {1}, {2}, {3})', nargs=4)
 
-# %% ../../nbs/engine/00_ops.ipynb #4fdac073
-add_op('sum', torch.sum, '{0}', reduce='sum', finish='{0}')
-add_op('mean', torch.mean, '{0}', reduce='sum', finish='{0}/{n}', triton_finish='div({0}, {n})')
-add_op('norm', torch.linalg.vector_norm, '({0}*{0})', 'torch.norm({0})', foreach=torch._foreach_norm, reduce='sum', finish='std::sqrt({0})', triton_finish='sqrt({0})')
-add_op('amax', torch.amax, '{0}', 'torch.amax({0})', reduce='max', finish='{0}')
-add_op('amin', torch.amin, '-({0})', 'torch.amin({0})', reduce='max', finish='-({0})')
+# %% ../../nbs/engine/00_ops.ipynb #3a9da414
+def _along(f): return dict(along=lambda x, dims: f(x, dim=dims, keepdim=True), script_along=f'torch.{f.__name__}({{0}}, {{dims}}, True)')
+
+add_op('sum', torch.sum, '{0}', reduce='sum', finish='{0}', **_along(torch.sum))
+add_op('mean', torch.mean, '{0}', reduce='sum', finish='{0}/{n}', triton_finish='div({0}, {n})', **_along(torch.mean))
+add_op('norm', torch.linalg.vector_norm, '({0}*{0})', 'torch.norm({0})', foreach=torch._foreach_norm, reduce='sum', finish='std::sqrt({0})', triton_finish='sqrt({0})',
+       along=lambda x, dims: torch.linalg.vector_norm(x, 2, dims, True), script_along='torch.linalg.vector_norm({0}, 2, {dims}, True)')
+add_op('amax', torch.amax, '{0}', 'torch.amax({0})', reduce='max', finish='{0}', **_along(torch.amax))
+add_op('amin', torch.amin, '-({0})', 'torch.amin({0})', reduce='max', finish='-({0})', **_along(torch.amin))

@@ -11,24 +11,42 @@ import torch
 from .ops import OPS
 
 # %% auto #0
-__all__ = ['LowPrecision', 'SCALAR_REF', 'TapeSlot', 'UnsupportedError', 'NeedsShape', 'Tape', 'TapeTensor', 'trace_steppers',
-           'show_tape']
+__all__ = ['LowPrecision', 'SCALAR_REF', 'TapeSlot', 'UnsupportedError', 'NeedsShape', 'axes_of', 'kind_of', 'Tape', 'TapeTensor',
+           'trace_steppers', 'show_tape']
 
-# %% ../../nbs/engine/01_tape.ipynb #33a2bf3c
+# %% ../../nbs/engine/01_tape.ipynb #7f6465cf
 LowPrecision = namedtuple('LowPrecision', 'kahan rounding state seed') # How a parameter and its state are kept
 LowPrecision.__doc__ = "How a parameter and its state are kept: `kahan`: with what rounding took off beside it? `rounding`: stochastically rounded? `state`: dtype of new state (of a copy of the weights: at least float32). `seed`: of the rounding"
 SCALAR_REF = 1<<20 # References from here on are numbers: `SCALAR_REF+i` is argument i
-TapeSlot = namedtuple('TapeSlot', 'name kind dtype') # A tensor of the optimizer: 'p', 'grad' or a state name; kind 'e' elementwise, 's' one value a tensor
-TapeSlot.__doc__ = "A tensor that a step reads or writes: `name` ('p', 'grad' or a state name), `kind` ('e' a value an element, 's' one value a parameter), `dtype`"
+TapeSlot = namedtuple('TapeSlot', 'name kind dtype') # A tensor of the optimizer: 'p', 'grad' or a state name; kind 'e' elementwise, 's' one value a tensor, or such as 'n1'
+TapeSlot.__doc__ = "A tensor that a step reads or writes: `name` ('p', 'grad' or a state name), `kind` ('e' a value an element, 's' one value a parameter, such as 'n1' of shape (n, 1) under a matrix), `dtype`"
 
-# %% ../../nbs/engine/01_tape.ipynb #11b66579
+# %% ../../nbs/engine/01_tape.ipynb #8af90a99
 class UnsupportedError(NotImplementedError):
     "A stepper asks for what the engine can't put in a kernel; the message names stepper, operation and remedy"
 
 class NeedsShape(Exception):
-    "A stepper looks at the shape: the caller has to trace each shape by itself (internal)"
+    "A stepper looks at the shape: the caller has to trace each shape by itself, or each number of axes (internal)"
+    def __init__(self, by): # What cohorts are to be made by: 'axes' or True
+        self.by = by
 
-# %% ../../nbs/engine/01_tape.ipynb #87c72c1d
+def axes_of(
+    shape:torch.Size # Shape of a parameter
+) -> str: # A character an axis: '1' of size 1, 'n' of another size
+    "What a tape depends on if its steppers reduce along axes, or ask for `ndim`"
+    return ''.join(['1' if n == 1 else 'n' for n in shape])
+
+def kind_of(
+    shape:torch.Size, # Shape of a state tensor
+    full:torch.Size # Shape of its parameter
+) -> str|None: # 'e', 's', or such as 'n1'; None if it does not broadcast to the parameter
+    "The kind of a state tensor"
+    if shape == full: return 'e'
+    if not shape: return 's'
+    if len(shape) != len(full) or any(a != b and a != 1 for a,b in zip(shape, full)): return None
+    return axes_of(shape)
+
+# %% ../../nbs/engine/01_tape.ipynb #900100c4
 def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
 
 class Tape:
@@ -36,9 +54,10 @@ class Tape:
     def __init__(self,
         slots:tuple, # `TapeSlot`s that exist when the step begins; the first two are 'p' and 'grad'
         device:torch.device=torch.device('cpu'), # Device of the tensors
-        shape:torch.Size|None=None # Shape of the parameter if all that will run the tape share one
+        shape:torch.Size|str|None=None # Shape of the parameter if all that will run the tape share one, or their `axes_of`
     ):
         self.slots,self.device,self.shape = tuple(slots),device,shape
+        self._axes = shape if shape is None or type(shape) is str else axes_of(shape)
         self.ops,self.types,self.scalars,self.stepper = [],[],[],''
         self.stores = () # (slot, reference) pairs: what the slots hold after the step
         self.created = {} # State tensors that this step makes: name -> (kind, dtype, start: a number, the name of a slot to copy, or None)
@@ -52,7 +71,8 @@ class Tape:
         for x in xs:
             if type(x) is TapeTensor:
                 args.append(x.ref)
-                if x.kind == 'e': kind = 'e'
+                if (k := x.kind) == 'e': kind = 'e'
+                elif k != kind and k != 's' and kind != 'e': kind = self.join(kind, k)
                 if dt is None or dt is torch.bool: dt = x.dtype
                 elif x.dtype is not dt and x.dtype is not torch.bool: dt = _promote(dt, x.dtype, kind, x.kind)
             else: args.append(self.scalar(x, name))
@@ -62,6 +82,35 @@ class Tape:
         if o.reduce: kind = 's'
         self.ops.append(tuple(args)); self.types.append((kind, dt))
         return TapeTensor(self, len(self.ops)-1, kind, dt)
+
+    @property
+    def axes(self):
+        "`axes_of` the parameters"
+        if self._axes is None: raise NeedsShape('axes')
+        return self._axes
+
+    def join(self, a, b):
+        "Kind of what two kinds broadcast to"
+        if a == b or b == 's' or a == 'e': return a
+        if a == 's' or b == 'e': return b
+        r = ''.join(['n' if 'n' in o else '1' for o in zip(a, b)])
+        return 'e' if r == self.axes else r
+
+    def along(self, name, x, dims):
+        "Append reduction `name` of stand-in `x` along axes; the stand-in of its result, where they stay with size 1"
+        full = self.axes if x.kind == 'e' else x.kind
+        kind = ''.join(['1' if i in dims else c for i,c in enumerate(full)])
+        if kind == full: return x.to(self.slots[0].dtype) if x.dtype is torch.bool else x.abs() if name == 'norm' else x.clone() # of one number each
+        r = self.emit(name, x)
+        r.kind = kind; self.types[-1] = (kind, r.dtype)
+        return r
+
+    def dims(self, j):
+        "Axes that entry `j`, a reduction, is along; () for the whole tensor"
+        if (kind := self.types[j][0]) in ('e','s'): return ()
+        r = self.ops[j][1]
+        full = self.types[r][0] if r >= 0 else self.slots[-r-1].kind
+        return tuple(i for i,(a,b) in enumerate(zip(self.axes if full == 'e' else full, kind)) if a != b)
 
     def scalar(self, x, name=''):
         "Reference of number `x`, appended to the arguments"
@@ -80,16 +129,21 @@ class Tape:
         if self._known is None: self._known = sum(k == 's' for k,_ in self.types),any(i == 1 for i,_ in self.stores)
         return self._known
 
+    def kinds(self):
+        "Kinds of the entries and slots that are neither elementwise nor one value a parameter"
+        return ({k for k,_ in self.types} | {s.kind for s in self.slots}) - {'e','s'}
+
     @property
     def key(self):
         "What a compiled form of the tape depends on: entries, slots and stores, not the numbers"
+        if self._axes is not None and self.kinds(): return self.slots, tuple(self.ops), self.stores, self._axes, tuple(k for k,_ in self.types)
         return self.slots, tuple(self.ops), self.stores
 
 # %% ../../nbs/engine/01_tape.ipynb #9a734b15
 _rank = {torch.bool:0, torch.float16:1, torch.bfloat16:1, torch.float32:2, torch.float64:3}
 def _promote(a, b, ka, kb): return a if a is b else torch.promote_types(a, b)
 
-# %% ../../nbs/engine/01_tape.ipynb #80ac2a04
+# %% ../../nbs/engine/01_tape.ipynb #198c9798
 class TapeTensor:
     "Symbolic stand-in for a tensor: its operations are put on a `Tape`"
     __slots__ = ('tape','ref','kind','dtype','_grad')
@@ -108,8 +162,10 @@ class TapeTensor:
 
     def _set(self, x):
         "Become the value `x`, keeping the dtype"
-        if x.kind=='e' and self.kind=='s': self.tape.refuse('in-place operation', "would give a value an element to a tensor that has one value a parameter")
-        if x.kind!=self.kind: x = self.tape.emit('expand', self, x)
+        if x.kind!=self.kind:
+            if self.tape.join(x.kind, self.kind) != self.kind:
+                self.tape.refuse('in-place operation', "would give a value an element to a tensor that has one value a parameter" if x.kind=='e' and self.kind=='s' else "has a result of a larger shape than its tensor")
+            x = self.tape.emit('expand', self, x)
         if x.dtype is not self.dtype: x = x.to(self.dtype)
         self.ref = x.ref
         return self
@@ -132,11 +188,12 @@ class TapeTensor:
 
     def _shape(self):
         if self.kind=='s': return torch.Size()
-        if self.tape.shape is None: raise NeedsShape
-        return self.tape.shape
+        full = self.tape.shape
+        if full is None or type(full) is str: raise NeedsShape(True)
+        return full if self.kind=='e' else torch.Size([n if k=='n' else 1 for n,k in zip(full, self.kind)])
     shape = property(_shape)
-    ndim = property(lambda self: len(self._shape()))
-    def dim(self): return len(self._shape())
+    def dim(self): return 0 if self.kind=='s' else len(self.tape.axes)
+    ndim = property(dim)
     def size(self, dim=None): return self._shape() if dim is None else self._shape()[dim]
     def numel(self): return self._shape().numel()
     nelement = numel
@@ -153,7 +210,7 @@ class TapeTensor:
         self.tape.refuse(k)
     def __getitem__(self, k): self.tape.refuse('indexing')
 
-# %% ../../nbs/engine/01_tape.ipynb #40ca64bc
+# %% ../../nbs/engine/01_tape.ipynb #e5e73eaa
 def _op(name):
     def _inner(self, *xs): return self.tape.emit(name, self, *xs)
     return _inner
@@ -203,21 +260,39 @@ def _clamp(self, min=None, max=None):
 def _where(self, cond, other): return self.tape.emit('where', cond, self, other)
 def _masked_fill(self, mask, value): return self.tape.emit('where', mask, value, self)
 def _softplus(self, beta=1, threshold=20): return self.tape.emit('softplus', self, beta, threshold)
-def _whole(name):
-    "Reductions are over the whole tensor"
-    def _inner(self, *args, **kwargs):
-        if args or kwargs: self.tape.refuse(f'{name} along an axis', f'with arguments {args or kwargs} has no row in the table')
-        return self.tape.emit(name, self)
+def _reduction(name):
+    "Over the whole tensor, or along axes"
+    def _inner(self, dim=None, keepdim=False, *, axis=None, keepdims=False, dtype=None):
+        if dtype is not None: self.tape.refuse(f'{name} to another dtype')
+        if dim is None: dim = axis
+        keepdim = keepdim or keepdims
+        if dim is None and not keepdim: return self.tape.emit(name, self)
+        if self.kind=='s': return self.tape.emit(name, self)
+        nd = len(self.tape.axes)
+        dims = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
+        for d in dims:
+            if not isinstance(d, int): self.tape.refuse(f'{name} along an axis', f'takes whole numbers for axes, got dim={dim!r}')
+            if not -max(nd,1) <= d < max(nd,1): raise IndexError(f"stepper '{self.tape.stepper}': {name} along axis {d} of a tensor of {nd} axes")
+        dims = {d % max(nd,1) for d in dims} or set(range(nd)) # no axis is all axes, as in torch
+        if keepdim: return self.tape.along(name, self, dims)
+        if nd <= len(dims): return self.tape.emit(name, self)
+        self.tape.refuse(f'{name} along an axis', f'(dim={dim!r}) takes the axis away: use keepdim=True, and let the result broadcast')
     return _inner
+_sum,_mean,_amax,_amin,_norm2 = map(_reduction, ('sum','mean','amax','amin','norm'))
 def _norm(self, p=2, dim=None, keepdim=False, dtype=None, ord=None):
     p = ord if ord is not None else p
-    if dim is not None or dtype is not None: self.tape.refuse('norm along an axis or to another dtype')
-    if p in (2, 2., 'fro'): return self.tape.emit('norm', self)
-    if p==1: return self.tape.emit('sum', self.abs())
-    if p==math.inf: return self.tape.emit('amax', self.abs())
+    if p in (2, 2., 'fro'): return _norm2(self, dim, keepdim, dtype=dtype)
+    if p==1: return _sum(self.abs(), dim, keepdim, dtype=dtype)
+    if p==math.inf: return _amax(self.abs(), dim, keepdim, dtype=dtype)
     self.tape.refuse(f'norm with p={p}')
+def _linalg_norm(x, ord=None, dim=None, keepdim=False, *, dtype=None):
+    if ord is not None and ord != 'fro' and isinstance(dim, (tuple,list)) and len(dim)==2: x.tape.refuse(f'linalg.norm of matrices with ord={ord}')
+    return _norm(x, 2 if ord is None else ord, dim, keepdim, dtype)
 def _extreme(one, two):
-    def _inner(self, other=None): return self.tape.emit(one, self) if other is None else two(self, other)
+    def _inner(self, other=None, keepdim=False, dim=None):
+        if other is None and dim is None: return self.tape.emit(one, self)
+        if _istensor(other): return two(self, other)
+        self.tape.refuse(f'{one[1:]} along an axis', f'gives indices too: use {one}, with keepdim=True')
     return _inner
 def _lerp(self, end, weight): return self.tape.emit('lerp', self, end, weight)
 def _isinf(self): return (self==math.inf).logical_or(self==-math.inf)
@@ -228,15 +303,14 @@ _methods = dict(add=_add, sub=_sub, subtract=_sub, mul=_op('mul'), multiply=_op(
 for _n in 'neg abs sqrt rsqrt reciprocal exp expm1 log log1p log2 tanh erf sigmoid floor ceil round trunc sign sin cos square'.split(): _methods[_n] = _op(_n)
 for _n,_f in _methods.items(): setattr(TapeTensor, _n, _f); setattr(TapeTensor, _n+'_', _inplace(_f))
 for _n in 'gt ge lt le eq ne logical_and logical_or logical_xor logical_not isnan isfinite'.split(): setattr(TapeTensor, _n, _op(_n))
-for _n in 'sum mean amax amin'.split(): setattr(TapeTensor, _n, _whole(_n))
-for _n,_f in dict(where=_where, norm=_norm, max=_extreme('amax',_maximum), min=_extreme('amin',_minimum), isinf=_isinf, softplus=_softplus).items(): setattr(TapeTensor, _n, _f)
+for _n,_f in dict(sum=_sum, mean=_mean, amax=_amax, amin=_amin, where=_where, norm=_norm, max=_extreme('amax',_maximum), min=_extreme('amin',_minimum), isinf=_isinf, softplus=_softplus).items(): setattr(TapeTensor, _n, _f)
 for _n,_f in dict(add=_add, radd=_add, sub=_sub, rsub=_rsub, mul=_op('mul'), rmul=_op('mul'), truediv=_div, rtruediv=_rdiv, pow=_pow, rpow=_rpow, neg=_op('neg'), abs=_op('abs'),
                   gt=_op('gt'), ge=_op('ge'), lt=_op('lt'), le=_op('le'), eq=_op('eq'), ne=_op('ne'), invert=_op('logical_not'),
                   iadd=_inplace(_add), isub=_inplace(_sub), imul=_inplace(_op('mul')), itruediv=_inplace(_div), ipow=_inplace(_pow),
                   rand=_op('logical_and'), ror=_op('logical_or'), rxor=_op('logical_xor'), **{'and':_op('logical_and'), 'or':_op('logical_or'), 'xor':_op('logical_xor')}).items():
     setattr(TapeTensor, f'__{_n}__', _f)
 
-# %% ../../nbs/engine/01_tape.ipynb #920ae108
+# %% ../../nbs/engine/01_tape.ipynb #6b20d64a
 def _like(value):
     def _inner(x, *args, dtype=None, device=None, memory_format=None, layout=None, pin_memory=None, requires_grad=False, **kwargs):
         v = args[0] if args else kwargs.get('fill_value', value)
@@ -250,7 +324,7 @@ def _torch_where(cond, x=None, y=None, **kwargs):
     return cond.tape.emit('where', cond, x, y)
 
 _functions = dict(zeros_like=_like(0.), ones_like=_like(1.), full_like=_like(None), where=_torch_where, softplus=_softplus,
-    linalg_vector_norm=lambda x, ord=2, dim=None, keepdim=False, dtype=None, **kw: _norm(x, ord, dim), linalg_norm=lambda x, ord=None, dim=None, **kw: _norm(x, 2 if ord is None else ord, dim),
+    linalg_vector_norm=lambda x, ord=2, dim=None, keepdim=False, dtype=None: _norm(x, ord, dim, keepdim, dtype), linalg_norm=_linalg_norm,
     rsub=lambda x, y, alpha=1: _rsub(alpha*x, y))
 
 def _torch_function(cls, func, types, args=(), kwargs=None):
@@ -262,14 +336,14 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     return f(*args, **{k:v for k,v in (kwargs or {}).items() if k not in ('inplace','out') or v})
 TapeTensor.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/engine/01_tape.ipynb #8041f469
+# %% ../../nbs/engine/01_tape.ipynb #cca03d74
 def trace_steppers(
     cbs, # Steppers
     slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
     state:dict, # State entries that are not tensors (`step`, `do_wd`)
     hyper:dict, # Hyper-parameters
     device:torch.device=torch.device('cpu'), # Device of the parameters
-    shape:torch.Size|None=None, # Their shape, where it matters to a stepper
+    shape:torch.Size|str|None=None, # Their shape, or `axes_of` it, where it matters to a stepper
     low:LowPrecision|None=None, # How parameters and state are kept, if the step is to be taken in float32 whatever their dtype
     accumulate:bool=False # Leave out the steppers that change the parameter?
 ) -> tuple[Tape, dict]: # The tape, and the state entries that are not tensors as they are after the step
@@ -277,6 +351,7 @@ def trace_steppers(
     had = {s.name for s in slots}
     if low and low.kahan and 'kahan_comp' not in had: slots = slots[:2] + tuple(sorted((*slots[2:], TapeSlot('kahan_comp', 'e', slots[0].dtype))))
     tape = Tape(slots, device, shape)
+    if shape is None and any(s.kind not in ('e','s') for s in slots): raise NeedsShape('axes')
     loads = [TapeTensor(tape, -i-1, s.kind, s.dtype) for i,s in enumerate(tape.slots)]
     if low: _widen(tape, loads, low)
     p,grad,*tensors = loads
@@ -320,7 +395,8 @@ def _finish(tape, loads, state, start, low):
     stores = []
     for i,t in final.items():
         s = tape.slots[i]
-        if t.kind != s.kind and s.kind == 's': tape.refuse(f"state '{s.name}'", 'changes from one value a parameter to a value an element')
+        if t.kind != s.kind and (s.kind != 'e' or t.kind != 's'):
+            tape.refuse(f"state '{s.name}'", 'changes from one value a parameter to a value an element' if s.kind == 's' and t.kind == 'e' else 'changes its shape')
         if t.ref == start[i]: continue
         stores.append((i, keep(s, t).ref))
         if i == 0 and low and low.kahan: stores.append((names['kahan_comp'], keep.rest(s, t).ref))
@@ -360,11 +436,11 @@ class _Storing:
         r = t - t.to(s.dtype).to(torch.float32)
         return self.sround(r, 'kahan_comp') if s.dtype is torch.bfloat16 else r.to(s.dtype)
 
-# %% ../../nbs/engine/01_tape.ipynb #a14f7d47
+# %% ../../nbs/engine/01_tape.ipynb #f9c9843f
 def _make_slots(tape, keep, low):
     "Turn created state into slots, in the order of their names; a constant start becomes a load"
     new = tape.created
-    dtypes = {k:t.dtype if not low or t.kind != 'e' or t.dtype is not torch.float32 else torch.promote_types(low.state, torch.float32) if k in tape.weights else low.state for k,t in new.items()}
+    dtypes = {k:t.dtype if not low or t.kind == 's' or t.dtype is not torch.float32 else torch.promote_types(low.state, torch.float32) if k in tape.weights or t.kind != 'e' else low.state for k,t in new.items()}
     kept = {k:keep(TapeSlot(k, t.kind, dtypes[k]), t) for k,t in sorted(new.items())}
     ops = tape.ops
     starts = {} # entry of a constant -> the state name that starts with it
@@ -392,11 +468,11 @@ def _make_slots(tape, keep, low):
     tape.ops,tape.types,tape.scalars,tape.slots = out,types,scalars,slots
     tape.stores = tuple(sorted((i,r) for i,r in stores if r != -i-1))
 
-# %% ../../nbs/engine/01_tape.ipynb #230e22bb
+# %% ../../nbs/engine/01_tape.ipynb #6f78d01a
 def show_tape(
     tape:Tape # A tape, as `trace` returns it
 ) -> str: # One line an entry
     "A tape as text"
     def ref(r): return f'{tape.scalars[r-SCALAR_REF]:.6g}' if r >= SCALAR_REF else tape.slots[-r-1].name if r < 0 else f't{r}'
-    lines = [f"t{i} = {o[0]}({', '.join(map(ref, o[1:]))})" + (' # one value a parameter' if tape.types[i][0]=='s' else '') for i,o in enumerate(tape.ops)]
+    lines = [f"t{i} = {o[0]}({', '.join(map(ref, o[1:]))})" + (' # one value a parameter' if (k := tape.types[i][0])=='s' else '' if k=='e' else f" # shape {'x'.join(k)}") for i,o in enumerate(tape.ops)]
     return '\n'.join(lines + [f'{tape.slots[i].name} <- {ref(r)}' for i,r in tape.stores])

@@ -13,7 +13,7 @@ from .foreach import schedule_tape
 # %% auto #0
 __all__ = ['emit_script', 'compile_script', 'run_script']
 
-# %% ../../nbs/engine/04_torchscript.ipynb #81ed914e
+# %% ../../nbs/engine/04_torchscript.ipynb #f8272469
 def emit_script(
     tape:Tape # What to do
 ) -> str: # Source of a function `step` of the slots' tensors and the tape's numbers
@@ -23,11 +23,12 @@ def emit_script(
     def v(r): return f's{r-SCALAR_REF}' if r >= SCALAR_REF else f'x{r}' if r < ns else f't{r}'
     args = [f'x{i}: Tensor' for i in range(ns)] + [f's{i}: float' for i in range(len(tape.scalars))]
     lines = [f"def step({', '.join(args)}) -> None:"]
-    for op,dst,inplace,xs,_,exact in prog:
+    for op,dst,inplace,xs,_,exact,dims in prog:
         xs = [f'torch.scalar_tensor({v(r)}, dtype=torch.float64)' if exact and r >= SCALAR_REF else v(r) for r in xs]
         if op == 'copy': lines.append(f'{xs[0]}.copy_({xs[1]})')
         elif op == 'clone': lines.append(f'{v(dst)} = {xs[0]}.clone()')
         elif inplace: lines.append(OPS[op].script_.format(*xs))
+        elif dims: lines.append(f'{v(dst)} = {OPS[op].script_along.format(*xs, dims=list(dims))}')
         else: lines.append(f'{v(dst)} = {OPS[op].script.format(*xs)}')
     return '\n    '.join(lines + ['return None']) + '\n'
 
