@@ -120,7 +120,7 @@ def wholes(p, lr, top=None, **kwargs):
     k = g.sum(dim=tuple(range(p.ndim)), keepdim=True) if p.ndim else g.sum()
     if top is None: top = torch.zeros_like(span)
     top.copy_(torch.maximum(top*.9, span))
-    mask = span > span.mean()
+    mask = span*1.01 > span.mean() # where all are equal, rounding would decide
     p.data.sub_(lr*torch.where(mask, g/span, g/(top + s.abs()))).sub_(1e-4*k)
     return dict(top=top)
 

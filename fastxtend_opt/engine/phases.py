@@ -11,7 +11,7 @@ from .tape import Tape, SCALAR_REF
 # %% auto #0
 __all__ = ['value_name', 'TapePhases']
 
-# %% ../../nbs/engine/05_phases.ipynb #c792f845
+# %% ../../nbs/engine/05_phases.ipynb #da208a9f
 def value_name(
     r:int # Reference on a tape
 ) -> str: # `s2` number 2, `t5` the value of entry 5, `x1` the value of slot 1
@@ -28,31 +28,47 @@ class TapePhases:
         self.compute = torch.float64 if torch.float64 in {*(s.dtype for s in tape.slots), *(d for _,d in types)} else torch.float32
         self.level = []
         for o in ops:
-            l = max((self.level[r] for r in o[1:] if 0 <= r < SCALAR_REF), default=0)
+            l = max((self.level[r] for r in o[1:] if 0 <= r < SCALAR_REF), default=0) # units come between the values and the pass of a level
             self.level.append(l + (1 if self.reduces(len(self.level)) else 0))
         self.n = 1 + max([*self.level, 0])
         self.at = {i:self._level(r) for i,r in tape.stores if tape.slots[i].kind=='e'} # slot -> phase of its store
         while self._postpone(): pass
         self.work = [self._walk(k) for k in range(self.n)]
+        self.units,self.unit_stores = [[] for _ in range(self.n+1)],[[] for _ in range(self.n+1)]
+        if any(k not in ('e','s') for k in (*(s.kind for s in tape.slots), *(t for t,_ in types))): self._plan_units()
         self.scalars = [[j for j,(kind,_) in enumerate(types) if kind=='s' and self.level[j]==k] for k in range(self.n)] + [[]]
         self.scalar_stores = self._scalar_stores()
         self.places = {j:i for i,j in enumerate(j for j,(kind,_) in enumerate(types) if kind=='s')} # entry -> its column among the values of a tensor
         self.partials = {j:i for i,j in enumerate(j for k in range(self.n) for j in self.sums(k))} # reduction -> its column among the partial results of a chunk
 
     def kind(self, r): return self.tape.types[r][0] if r >= 0 else self.tape.slots[-r-1].kind
-    def reduces(self, j): return bool(OPS[self.tape.ops[j][0]].reduce) and self.kind(self.tape.ops[j][1])=='e'
+    def unit(self, r): return r < SCALAR_REF and self.kind(r) not in ('e','s')
+    def reduces(self, j):
+        "Is entry `j` a reduction that the next level waits for? Those of values along axes to fewer of them are done on the spot"
+        if not OPS[self.tape.ops[j][0]].reduce: return False
+        k = self.kind(self.tape.ops[j][1])
+        return k=='e' or (k != 's' and self.kind(j)=='s')
     def _level(self, r): return self.level[r] if r >= 0 else 0
-    def sums(self, k): return [j for j in range(len(self.tape.ops)) if self.reduces(j) and self.level[j]==k+1]
+    def _sums(self, k): return [j for j in range(len(self.tape.ops)) if self.reduces(j) and self.level[j]==k+1]
+    def sums(self, k):
+        "Reductions of all elements that pass `k` makes"
+        return [j for j in self._sums(k) if self.kind(j)=='s' and self.kind(self.tape.ops[j][1])=='e']
+    def axis_sums(self, k):
+        "Reductions along axes that pass `k` makes"
+        return [j for j in self._sums(k) if self.kind(j)!='s' and j in self.needed]
+    def unit_sums(self, k):
+        "Reductions to one value a tensor of what is known in the units before pass `k`"
+        return [j for j in self._sums(k) if self.kind(j)=='s' and self.unit(self.tape.ops[j][1])]
     def stored(self, k): return {i:r for i,r in self.tape.stores if self.at.get(i)==k}
 
     def _walk(self, k):
         "Entries that phase `k` computes, and references that it loads from slots: (slot, is it the new value?)"
         new = {r:i for i,r in self.tape.stores if i in self.at and self.at[i] < k and self.tape.slots[i].dtype is self.compute}
-        todo = [*self.stored(k).values(), *(self.tape.ops[j][1] for j in self.sums(k))]
+        todo = [*self.stored(k).values(), *(self.tape.ops[j][1] for j in (*self.sums(k), *self.axis_sums(k)))]
         done,loads = set(),{}
         while todo:
             r = todo.pop()
-            if r >= SCALAR_REF or self.kind(r)=='s' or r in done: continue
+            if r >= SCALAR_REF or self.kind(r)!='e' or r in done: continue
             done.add(r)
             if r in new: loads[r] = (new[r], True)
             elif r < 0: loads[r] = (-r-1, False)
@@ -67,7 +83,40 @@ class TapePhases:
 
     def reads(self, k):
         "References that pass `k` reads"
-        return {r for j in self.work[k][0] for r in self.tape.ops[j][1:]} | set(self.stored(k).values()) | {self.tape.ops[j][1] for j in self.sums(k)}
+        return ({r for j in self.work[k][0] for r in self._used(j)} | set(self.stored(k).values()) |
+                {self.tape.ops[j][1] for j in (*self.sums(k), *self.axis_sums(k))})
+
+    def _used(self, j):
+        "Operands of entry `j`, without those of which only the shape counts"
+        o = self.tape.ops[j]
+        return o[2:] if o[0] in ('full','expand') and self.kind(j)!='s' else o[1:]
+
+    @property
+    def needed(self):
+        "Entries that a store, or a value of one tensor, is made from"
+        if not hasattr(self, '_needed'):
+            todo,self._needed = [*(r for _,r in self.tape.stores), *(j for j,(kind,_) in enumerate(self.tape.types) if kind=='s')],set()
+            while todo:
+                if not 0 <= (r := todo.pop()) < SCALAR_REF or r in self._needed: continue
+                self._needed.add(r)
+                todo += self._used(r)
+        return self._needed
+
+    def _plan_units(self):
+        "Entries with values along some axes, and their stores, in the units before each pass; the last ones after all passes"
+        ops,slots = self.tape.ops,self.tape.slots
+        for j in sorted(self.needed):
+            if self.unit(j) and not self.reduces(j): self.units[self.level[j]].append(j)
+        at = {i:self._level(r) for i,r in self.tape.stores if slots[i].kind not in ('e','s')}
+        for i in at:
+            passes = [k+1 for k in range(self.n) if -i-1 in self.reads(k)]
+            units = [k for k in range(self.n) for j in self.units[k] if -i-1 in self._used(j)] + [self.level[j]-1 for k in range(self.n) for j in self.unit_sums(k) if ops[j][1]==-i-1]
+            at[i] = max([at[i], *passes, *units])
+        for _ in at: # one that is read by the store of another waits for it
+            for other,r in self.tape.stores:
+                if other in at and -r-1 in at: at[-r-1] = max(at[-r-1], at[other])
+        for i,r in self.tape.stores:
+            if i in at: self.unit_stores[at[i]].append((i, r))
 
     def value_reads(self, k):
         "References that the values before pass `k` are made from"
@@ -80,7 +129,8 @@ class TapePhases:
             if self.tape.slots[i].kind!='s': continue
             passes = [k+1 for k in range(self.n) if -i-1 in self.reads(k)]
             values = [k for k in range(self.n) for j in self.scalars[k] if -i-1 in self.tape.ops[j][1:]]
-            at[i] = max([self._level(r), *passes, *values])
+            units = [k+1 for k in range(self.n) for j in self.units[k] if -i-1 in self._used(j)]
+            at[i] = max([self._level(r), *passes, *values, *units])
         for _ in at: # one that is read by the store of another waits for it
             for other,r in self.tape.stores:
                 if other in at and -r-1 in at: at[-r-1] = max(at[-r-1], at[other])
@@ -91,4 +141,4 @@ class TapePhases:
         return bool(self.scalars[k] or self.scalar_stores[k])
     def moves(self, k):
         "Is there anything to do in pass `k`?"
-        return k < self.n and bool(self.stored(k) or self.sums(k))
+        return k < self.n and bool(self.stored(k) or self.sums(k) or self.axis_sums(k))
