@@ -45,6 +45,13 @@ from .algorithms.madgrad import *
 from .algorithms.adopt import *
 from .algorithms.grams import *
 from .algorithms.ademamix import *
+from .algorithms.adafactor import *
+from .algorithms.novograd import *
+from .algorithms.adamp import *
+from .algorithms.apollo import *
+from .algorithms.came import *
+from .algorithms.mars import *
+from .algorithms.cautious import *
 from .training.schedule import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
