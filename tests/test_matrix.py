@@ -169,7 +169,7 @@ def test_state_is_what_the_row_says(name):
     opt.step()
     assert {k for k,v in opt.state[params[0]].items() if isinstance(v, torch.Tensor)} <= set(ROWS[name].state)
 
-DOWN = dict(adadelta=1.) # learning rates that are not about .05
+DOWN = dict(adadelta=1.) # its first steps are lr*.003
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
@@ -394,7 +394,7 @@ def test_step_keeps_storage_and_objects(name, mode):
         opt.step()
         assert [p.data_ptr() for p in params]==ptrs and [id(p) for p in params]==ids
         assert [(id(p.grad), p.grad.data_ptr()) for p in params]==[(id(g),d) for g,d in grads]
-        if mode != 'native' and name != 'larc': # native's `p.data` hides the change from autograd; LARC leaves a tensor of norm 0 as it is
+        if mode != 'native' and name != 'larc' and not (name=='adopt' and i==0): # ADOPT's first step only begins the average; native's `p.data` hides the change from autograd; LARC leaves a tensor of norm 0 as it is
             assert all(p._version>v for p,v in zip(params, versions) if p.numel()), 'autograd must see the in-place change'
 
 @pytest.mark.parametrize('mode', MODES)
@@ -710,6 +710,7 @@ def test_inf_and_nan_grads(name, mode):
         return run_trajectory(opt_func(name, m), 8, torch.float64, poison, params=ps)
     got,ref = run(mode),run('native')
     for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], equal_nan=True, path=f'step {i}')
+    if name=='rprop': return # the sign of NaN is 0, and its state is one gradient: two steps later nothing is NaN
     spread = [s['grad_avg'] for s in ref[7]['opt']['state']] if name=='lion' else ref[7]['params'] # the sign of NaN is 0: Lion's weights stay, its average is NaN
     assert any(o.isnan().any() for o in spread)
 

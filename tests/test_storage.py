@@ -119,10 +119,11 @@ def off(run, ref):
     return [((o-end).abs().mean(1)/(end-start).abs().mean(1)).tolist() for o in run[1:]]
 
 def decaying(row): return dict(wd=list(WDS)) if 'wd' in get_optimizer(row).hypers else {}
-CASES = {**{o.name: (o.name, {}) for o in list_optimizers()}, 'sgd_mom': ('sgd', dict(mom=.9))}
-LIMITS = dict(qhadam=.015, adamw_schedulefree=.01, radam_schedulefree=.01) # averages of .999 in bfloat16
-SEEN = dict(ranger=.025, sgd_schedulefree=.025, adamw_schedulefree=.025, radam_schedulefree=.035) # a shorter way
-LRS = dict(larc=3e-3) # a step of LARC is lr times .02 times a ratio of norms, here about 1
+CASES = {**{o.name: (o.name, dict(step_max=1e-4) if o.name=='rprop' else {}) for o in list_optimizers()}, 'sgd_mom': ('sgd', dict(mom=.9))}
+LIMITS = dict(qhadam=.015, adamw_schedulefree=.01, radam_schedulefree=.01, # averages of .999 in bfloat16; with float32 state all are within .005
+    adagrad=.015, adadelta=.015, adamax=.01, nadam=.01, qhm=.015, diffgrad=.01, grams=.01, ademamix=.015)
+SEEN = dict(qhm=.025, adagrad=.025, diffgrad=.035, ranger=.025, sgd_schedulefree=.025, adamw_schedulefree=.025, radam_schedulefree=.035) # a shorter way
+LRS = dict(rprop=1e-6, adagrad=1.5e-3, adadelta=.03, larc=3e-3) # where the weights go some way, and a step is less than half a bfloat16 one; a step of LARC is lr times .02 times a ratio of norms, here about 1
 _float64 = {}
 
 def case(name, **kw):
@@ -135,7 +136,8 @@ def case(name, **kw):
 def test_kahan_follows_float64(name):
     """Weight and compensation within .5% of the way (with averages of .999 in bfloat16: QHAdam 1.5%, AdamW and RAdam of the schedule-free 1%), where plain bfloat16 does not move at all; what is seen of it, the
     bfloat16 weight, is off by its own rounding beside (a quarter of a step on average, .002 here, of a way of .15 to .8; Ranger's is .09)"""
-    assert case(name, kahan_sum=False, fused=True)[0] == [1.,1.] # after 300 steps all weights are where they were
+    if name != 'madgrad': # it goes on from a float32 copy of its start, which moves
+        assert case(name, kahan_sum=False, fused=True)[0] == [1.,1.] # after 300 steps all weights are where they were
     seen,kept = case(name, fused=True)
     assert max(kept) < LIMITS.get(name, .005) and max(seen) < SEEN.get(name, .02), (seen, kept)
 
