@@ -114,7 +114,7 @@ class Storage:
         if not (kahan or rounding or (self.state_dtype is not None and dtype is not torch.float64)): return None
         return LowPrecision(kahan, rounding, self.state_dtype or dtype, self.seed)
 
-# %% ../../nbs/engine/07_optimizer.ipynb #e1267e2d
+# %% ../../nbs/engine/07_optimizer.ipynb #74502e13
 def _probe(cbs, hyper, sign):
     "Where three micro-batches whose gradients have this sign, and a whole step with next to no gradient, take a parameter"
     p = torch.nn.Parameter(torch.linspace(.5, 1, 8, dtype=torch.float64).view(2, 2, 2, 1))
@@ -139,6 +139,13 @@ class StepOptimizer(Optimizer):
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
         self._check_step()
         self._step(extra)
+        self._after_step()
+
+    after_step = None # A function of the states of a group's parameters, for what tensors of a group have to agree on; run after each step that is no accumulation, and maybe twice
+    def _after_step(self):
+        if self.after_step is None or self._accumulation: return
+        state = self.__dict__['_state' if '_state' in self.__dict__ else 'state'] # as it is: to ask a fused optimizer for it may wait for the GPU
+        for pg in self.param_lists: self.after_step([state[p] for p in pg if p in state])
 
     def _check_step(self):
         "The place for a reason not to step: an exception"

@@ -43,7 +43,7 @@ class _Unwrapped:
         raise RuntimeError("gradient release: DistributedDataParallel was put round a model that was prepared before: gradients would be used before they are reduced. Call prepare_for_gradient_release(ddp_model, opt) after it.")
     step = remove
 
-# %% ../../nbs/training/gradient_release.ipynb #b36770d5
+# %% ../../nbs/training/gradient_release.ipynb #0527f29c
 class _Release:
     "Steps the parameters of `opt` in the backward pass"
     def __init__(self, model, opt, inner):
@@ -148,6 +148,8 @@ class _Release:
         if self.ddps: # which writes the reduced gradients back now
             for p in self.params:
                 if id(p) in self.stepped: p.grad = None
+        if self.stepped and (inner := self.inner()) is not None:
+            with torch.no_grad(): inner._after_step()
         if isinstance(outer := self.outer(), Lookahead):
             if any(p.grad is not None for p in self.others): outer._pending = self.extra,set(self.stepped) # it counts when these are stepped
             else: outer._end(self.extra, self.stepped)
