@@ -276,8 +276,9 @@ def test_catalogue_does_not_mix_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, 'list_optimizers', lambda *a, **k: [registry.get_optimizer('adam')])
     run = lambda r, **kw: B.bench_catalogue(tmp_path, kw.pop('optimizers', None), ONE, (), ('torch',), r, 0, progress=False)
     run(1)
-    assert run(2, optimizers=('sgd',))['rounds']==2
-    assert set(json.loads((tmp_path/'catalogue.json').read_text())['optimizers'])=={'sgd'}
+    with pytest.raises(ValueError, match=r'measured with other settings .*rounds=1, .* would be lost'): run(2, optimizers=('adam',))
+    assert json.loads((tmp_path/'catalogue.json').read_text())['rounds']==1
+    assert run(2)['rounds']==2 # all of them: anew
 
 
 def test_catalogue_by_hand():

@@ -902,7 +902,7 @@ def save_result(
     plt.close(plot_steps(result, path=files[2]))
     return files
 
-# %% ../../nbs/tools/benchmark.ipynb #c3e6d9da
+# %% ../../nbs/tools/benchmark.ipynb #8d4ad9b5
 _limit_goals = dict(elementwise=.75, reduction=.6)
 
 def _catalogue_entry(res, info, load, seconds):
@@ -920,7 +920,8 @@ def _catalogue_entry(res, info, load, seconds):
                 step={k:r['step'] for k,r in by.items()}, of_limit=of_limit, of_limit_goal=goal,
                 of_limit_reached=None if goal is None or of_limit is None else of_limit>=goal, best_peer=best, vs_best_peer=over(best),
                 best_unfused_peer=unfused, vs_best_unfused_peer=over(unfused), none_slower=None if best is None else all(x is not None and x>=1 for x in over(best).values()),
-                missing=[dict(who=m['who'], why=m['why']) for m in res['missing']], load=load, seconds=round(seconds, 1))
+                missing=[dict(who=m['who'], why=m['why']) for m in res['missing']], cpu=_cpu(), load=load, when=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+                seconds=round(seconds, 1))
 
 def _write(path, text):
     "All of it or nothing: an interrupted run must not leave half a file"
@@ -950,6 +951,8 @@ def bench_catalogue(
         new = dict(format=1, kind='catalogue', **settings, machine=machine_info(), complete=False, optimizers={})
         old = json.loads(path.read_text()) if path and path.is_file() else None
         same = old is not None and all(old.get(k)==v for k,v in settings.items()) and old['machine']['threads']==new['machine']['threads']
+        if optimizers and old and not same:
+            raise ValueError(f"{path} was measured with other settings ({', '.join(f'{k}={old.get(k)!r}' for k in settings)}, threads={old['machine']['threads']}), and would be lost: take these, another folder, or all optimizers.")
         result = old if same and (optimizers or not old['complete']) else new
         result['optimizers'] = {k:v for k,v in result['optimizers'].items() if k in names}
         for o in optimizers or [n for n in names if n not in result['optimizers']]:
@@ -964,7 +967,7 @@ def bench_catalogue(
     if path: save_catalogue(result, out)
     return result
 
-# %% ../../nbs/tools/benchmark.ipynb #89ead50e
+# %% ../../nbs/tools/benchmark.ipynb #add8de34
 def catalogue_report(
     result:dict # What `bench_catalogue` returned
 )->str: # Markdown
@@ -995,7 +998,8 @@ def catalogue_report(
            'Median step, ms:\n', _md(['optimizer', *cols], times) + '\n']
     if seen: out.append('Missing:\n\n' + '\n'.join(f"- {w} ({', '.join(os)}): {y}" for (w,y),os in seen.items()) + '\n')
     load = [e['load'][0] for e in es.values() if e['load']]
-    out.append(f"{m['cpu']}, {m['threads']} of {m['cores']} cores, load {min(load, default=0)} to {max(load, default=0)}, at most {result['rounds']} rounds, {m['when']}; "
+    cpus = ' and '.join(dict.fromkeys(e['cpu'] for e in es.values()))
+    out.append(f"{cpus}, {m['threads']} of {m['cores']} cores, load {min(load, default=0)} to {max(load, default=0)}, at most {result['rounds']} rounds, {m['when']}; "
                + ', '.join(f'{k} {v}' for k,v in m['versions'].items()))
     return '\n'.join(o for o in out if o)
 
