@@ -45,6 +45,7 @@ from .algorithms.madgrad import *
 from .algorithms.adopt import *
 from .algorithms.grams import *
 from .algorithms.ademamix import *
+from .algorithms.swats import *
 from .algorithms.adafactor import *
 from .algorithms.novograd import *
 from .algorithms.adamp import *
