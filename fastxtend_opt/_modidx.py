@@ -3,6 +3,8 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'fastxtend_opt'},
   'syms': { 'fastxtend_opt.algorithms.accsgd': { 'fastxtend_opt.algorithms.accsgd.AccSGD': ( 'algorithms/accsgd.html#accsgd',
                                                                                              'fastxtend_opt/algorithms/accsgd.py'),
+                                                 'fastxtend_opt.algorithms.accsgd.accsgd_average': ( 'algorithms/accsgd.html#accsgd_average',
+                                                                                                     'fastxtend_opt/algorithms/accsgd.py'),
                                                  'fastxtend_opt.algorithms.accsgd.accsgd_step': ( 'algorithms/accsgd.html#accsgd_step',
                                                                                                   'fastxtend_opt/algorithms/accsgd.py'),
                                                  'fastxtend_opt.algorithms.accsgd.average_from_weights': ( 'algorithms/accsgd.html#average_from_weights',
