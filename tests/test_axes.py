@@ -177,7 +177,7 @@ def _gaps(x): return torch.empty(*x.shape[:-1], x.shape[-1]*2, dtype=x.dtype)[..
 @modes
 @pytest.mark.parametrize('layout', [_channels_last, _transposed, _gaps], ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize('grad', [False,True], ids=['plain','same'])
-@steppers
+@pytest.mark.parametrize('stepper', [adafactor, adamp, adam_mini, first_axis], ids=lambda f: f.__name__)
 def test_layouts(stepper, mode, layout, grad):
     run(*make(mode, [stepper], [(6,5,3,3), (30,20), (4,3,5), (7,), (6,4,1,1)], layout=layout, lr=.1), n=3, layout=layout if grad else None)
 
@@ -198,7 +198,7 @@ def test_bfloat16(stepper, mode):
 
 @modes
 @pytest.mark.parametrize('other', ['native', *MODES])
-@steppers
+@pytest.mark.parametrize('stepper', [adafactor, every_second], ids=lambda f: f.__name__)
 def test_checkpoints(stepper, mode, other):
     "A checkpoint goes on in every other mode"
     shapes = [(5,), (3,4), (7,1), (6,5,3,3)]

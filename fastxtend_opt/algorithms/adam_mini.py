@@ -57,8 +57,8 @@ def AdamMini(
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), partial(average_block_sqr_grad, partition=partition), step_stat, adam_mini_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
 
-# %% ../../nbs/algorithms/adam_mini.ipynb #b2ebd863
-register(AdamMini, name='adam_mini', title='Adam-mini', category='adaptive', kind='reduction', state=('grad_avg','v_b'), oracle='reference.AdamMini', # tests/reference
+# %% ../../nbs/algorithms/adam_mini.ipynb #950f6613
+register(AdamMini, name='adam_mini', title='Adam-mini', category='adaptive', kind='reduction', state=('grad_avg','v_b'), oracle='reference.adam_mini.AdamMini', # tests/reference
     also=('adam_mini.Adam_mini',), paper='Adam-mini: Use Fewer Learning Rates To Gain More', year=2024, arxiv='2406.16793', authors='Zhang et al.',
     settings=(('the defaults', '`mom=.9, sqr_mom=.999, eps=1e-8`', 'adam-mini 1.1.1'),
               ('language models', '`sqr_mom=.95, wd=.1`, and `lr` as for AdamW', '2406.16793')))
