@@ -177,7 +177,7 @@ def _gaps(x): return torch.empty(*x.shape[:-1], x.shape[-1]*2, dtype=x.dtype)[..
 @modes
 @pytest.mark.parametrize('layout', [_channels_last, _transposed, _gaps], ids=lambda f: f.__name__[1:])
 @pytest.mark.parametrize('grad', [False,True], ids=['plain','same'])
-@steppers
+@pytest.mark.parametrize('stepper', [adafactor, adamp, adam_mini, first_axis], ids=lambda f: f.__name__)
 def test_layouts(stepper, mode, layout, grad):
     run(*make(mode, [stepper], [(6,5,3,3), (30,20), (4,3,5), (7,), (6,4,1,1)], layout=layout, lr=.1), n=3, layout=layout if grad else None)
 
@@ -198,7 +198,7 @@ def test_bfloat16(stepper, mode):
 
 @modes
 @pytest.mark.parametrize('other', ['native', *MODES])
-@steppers
+@pytest.mark.parametrize('stepper', [adafactor, every_second], ids=lambda f: f.__name__)
 def test_checkpoints(stepper, mode, other):
     "A checkpoint goes on in every other mode"
     shapes = [(5,), (3,4), (7,1), (6,5,3,3)]
@@ -254,3 +254,71 @@ def test_axes_without_sizes(mode):
     for q in qs: q.grad = torch.ones_like(q)
     b.step()
     assert b._by_shape == 'axes' and sorted(map(len, b._plan.cohorts)) == [1,1,3]
+
+# ---------------------------------------------------------------- C++: threads, chunks, what is served by a kernel
+WIDE = [(700,600), (7,), (40,30,70), (3,9), (2,90_001), (520,12,3,3), (2,130,700), (30,20)] # shared by all threads: one matrix, many small ones, long rows, two matrices
+@pytest.mark.parametrize('stepper', [adafactor, came, adamp, wholes], ids=lambda f: f.__name__)
+def test_threads(stepper):
+    "Tensors that threads share: as native, and the same bits whatever the number of threads"
+    n,seen = torch.get_num_threads(),[]
+    try:
+        for threads in (1,2,5):
+            torch.set_num_threads(threads)
+            ps,qs,a,b = make('fused', [weight_decay, stepper], WIDE, dtype=torch.float32 if threads > 1 else torch.float64, lr=.1, wd=.01)
+            if threads == 1: run(ps, qs, a, b, n=2); ps,qs,a,b = make('fused', [weight_decay, stepper], WIDE, dtype=torch.float32, lr=.1, wd=.01)
+            for i in range(2): grads(ps, qs, i); b.step()
+            seen.append([q.detach().clone() for q in qs] + [v for q in qs for v in b.state[q].values()])
+            if threads > 1: assert any(len(l.groups[threads][0][1]) for l in b._plan.launches.values()) # wide groups
+    finally: torch.set_num_threads(n)
+    for other in seen[1:]:
+        for x,y in zip(seen[0], other): assert torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+
+def served(stepper, shapes, layout=None, mode='fused'):
+    _,qs,_,b = make(mode, [stepper], shapes, layout=layout, lr=.1)
+    for q in qs: q.grad = torch.ones_like(q)
+    b.step()
+    return [form is not None for form in b._plan.forms]
+
+def test_what_has_a_kernel():
+    "Rows, columns and matrices do, in the C++ kernels; other patterns, layouts and GPUs take the foreach path"
+    assert all(served(adafactor, [(3,4), (5,3,4), (6,5,3,3), (7,)])) and all(served(adam_mini, [(3,4), (6,5,3,3), (7,)])) and all(served(first_axis, [(3,4), (3,)]))
+    assert not any(served(middle, [(3,4,5)])) and not any(served(adafactor, [(6,5,3,3)], _channels_last)) and not any(served(adafactor, [(3,4)], mode='triton'))
+    def one(p, lr, **kwargs): p.data.sub_(p.grad.data/p.grad.data.norm(2, tuple(range(p.ndim)), True))
+    assert all(served(one, [(3,4)], mode='triton')) and all(served(one, [(6,5,3,3)], _channels_last)) # one value a tensor, with axes of size 1
+
+def test_one_kernel_for_all_sizes():
+    "Two and four axes, and all sizes, run the same kernel in one launch"
+    from fastxtend_opt.engine.cpp import _kernels
+    def rows(p, lr, **kwargs): p.data.sub_(lr*p.grad.data/(p.grad.data.square().mean(-1, keepdim=True) + 1))
+    ps,qs,a,b = make('fused', [rows], [(3,4), (5,6), (4,3,3,3), (2,2,5,7), (40,50)], lr=.1)
+    run(ps, qs, a, b, n=1)
+    k = len(_kernels)
+    ps,qs,a,b = make('fused', [rows], [(13,14), (3,3,3), (1,50,2)], lr=.1)
+    run(ps, qs, a, b, n=1)
+    assert len(_kernels) == k and len(b._plan.launches) == 1
+
+@pytest.mark.parametrize('mode', ['fused','foreach'])
+def test_gradient_release(mode):
+    "A parameter at a time, as its gradient comes"
+    ps,qs,a,b = make(mode, [adafactor], [(3,4), (6,5,3,3), (7,), (40,500)], lr=.1)
+    for i in range(3):
+        grads(ps, qs, i)
+        held = [q.grad for q in qs]
+        for q in qs: q.grad = None
+        for q,g in zip(qs, held): q.grad = g; b.step(); q.grad = None
+        a.step()
+        same(ps, qs, a, b)
+
+def test_amp_takes_the_plain_way():
+    "GradScaler's scale and overflow reach a tape that has no GPU kernel"
+    ps,qs,a,b = make('triton', [adafactor], [(3,4)], dtype=torch.float32, lr=.1)
+    b.amp_scaling = True
+    grads(ps, qs, 0)
+    for q in qs: q.grad.mul_(8.)
+    b.grad_scale,b.found_inf = torch.tensor(8.),torch.tensor(0.)
+    b.step(); a.step()
+    same(ps, qs, a, b, rtol=1e-5, atol=1e-6)
+    before = qs[0].detach().clone(); kept = {k:v.clone() for k,v in b.state[qs[0]].items()}
+    grads(ps, qs, 1); b.grad_scale,b.found_inf = torch.tensor(8.),torch.tensor(1.)
+    b.step()
+    assert torch.equal(qs[0].detach(), before) and all(torch.equal(b.state[qs[0]][k], v) for k,v in kept.items())

@@ -249,7 +249,7 @@ struct Block {
 };
 '''
 
-# %% ../../nbs/engine/05_cpp.ipynb #076ef68d
+# %% ../../nbs/engine/05_cpp.ipynb #92397911
 _width = dict(ab='B', ac='C', a='1') # Values of a matrix
 AxesKernel = namedtuple('AxesKernel', 'run layout') # ctypes function, and what it needs room for
 AxesKernel.__doc__ = "A kernel that reduces along axes: `run`, a ctypes function, and `layout`, an `AxesLayout`"
@@ -385,7 +385,8 @@ class _AxesEmitter:
         for j in js:
             kind,o = self.types[j][0],OPS[self.tape.ops[j][0]]
             n = {'ab':'C', 'ac':'B', 'a':'(B*C)'}[kind]
-            fin = o.finish.format('q', n=f'double({n})')
+            fin = f'q*f{j}' if o.finish == '{0}/{n}' else o.finish.format('q', n=f'double({n})')
+            out.append(f'const double f{j} = 1.0/double({n}); (void)f{j};')
             dst = f'CT* o = {self.array(j)[0]};'
             each_chunk = 'const i64* X = chunks + 12*c; const i64 mats = X[6], total = mats*X[8]; double* D = D0 + (d[11] ? X[10] : 0); (void)total;'
             if kind == 'ab':
@@ -453,7 +454,10 @@ class _AxesEmitter:
             r,o = tape.ops[j][1],OPS[tape.ops[j][0]]
             n = 'B' if ph.kind(r) == 'ab' else 'C'
             simd = '\n    #pragma omp simd reduction(+:q)\n    ' if o.reduce == 'sum' else ''
-            out.append(f"for (i64 m = 0; m < na; m++) {{ double q = {self.op(j)}::start; {simd}for (i64 i = 0; i < {n}; i++) {{ const double x = ld(g{self.name(r)}[m*{n}+i]); {self.op(j)}::add(q, double({o.cpp.format('x')})); }} o{j}[m] = CT({o.finish.format('q', n=f'double({n})')}); }}")
+            fin = f'q*f{j}' if o.finish == '{0}/{n}' else o.finish.format('q', n=f'double({n})')
+            out.append(f'const double f{j} = 1.0/double({n}); (void)f{j};')
+            out.append(f"if ({n} == 3) for (i64 m = 0; m < na; m++) {{ double q = {self.op(j)}::start; for (int i = 0; i < 3; i++) {{ const double x = ld(g{self.name(r)}[m*3+i]); {self.op(j)}::add(q, double({o.cpp.format('x')})); }} o{j}[m] = CT({fin}); }}")
+            out.append(f"else for (i64 m = 0; m < na; m++) {{ double q = {self.op(j)}::start; {simd}for (i64 i = 0; i < {n}; i++) {{ const double x = ld(g{self.name(r)}[m*{n}+i]); {self.op(j)}::add(q, double({o.cpp.format('x')})); }} o{j}[m] = CT({fin}); }}")
         if plain or stores:
             body = [f'const CT {val(r)} = CT({"ld(" if r < 0 else "("}g{self.name(r)}[i]));' for r in refs if r not in wide]
             body += [f'const CT {val(r)} = e{self.name(r)}[i];' for r in wide]

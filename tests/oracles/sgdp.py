@@ -23,4 +23,4 @@ def clovaai_sgdp(h):
     return lambda g: adamp.SGDP(g, **_kw(h))
 
 PEERS = [*[(f, h, ('none','decoupled')) for f in (po_sgdp,timm_sgdp) for h in CASES], (clovaai_sgdp, CASES[1], ('none','decoupled'))] # with nesterov it makes a new tensor
-DEVIATIONS = [(clovaai_sgdp, CASES[2], .05)] # projects the momentum buffer itself
+DEVIATIONS = [(clovaai_sgdp, CASES[2], .02)] # projects the momentum buffer itself
