@@ -63,7 +63,7 @@ def documents(out): return {p.relative_to(out).as_posix(): Document(p.read_text(
 
 def test_site_has_every_page(site):
     out,pages = site
-    nbs = {p.relative_to(root/'nbs').as_posix() for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    nbs = {p.relative_to(root/'nbs').as_posix() for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and p.name[0]!='_'} # a template is no page
     assert set(sources) == nbs == set(pages)
     for p in pages.values(): assert (out/p.out).is_file()
 
