@@ -51,6 +51,7 @@ from .algorithms.novograd import *
 from .algorithms.adamp import *
 from .algorithms.apollo import *
 from .algorithms.came import *
+from .algorithms.adam_mini import *
 from .algorithms.mars import *
 from .algorithms.cautious import *
 from .training.schedule import *
