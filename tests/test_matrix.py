@@ -134,14 +134,14 @@ def trajectory(name, mode, option, decay, dtype, scen):
     torch.manual_seed(0)
     return run_trajectory(opt_func(name, mode, **kw), N, dtype, SCENARIOS[scen], at=AT)
 
-def tolerance(dtype, scen):
-    "Relative to values of order 1, and with spikes to the thousands that cancel in the averages"
+def tolerance(dtype, scen, name=''):
+    "Relative to values of order 1, with spikes to the thousands that cancel in the averages, and to undamped sums of a hundred gradients (AggMo's reach 20, and cancel)"
     tol = TOL[dtype]
-    return {**tol, 'atol': tol['atol']*1e3} if scen=='spikes' else tol
+    return {**tol, 'atol': tol['atol']*(1e3 if scen=='spikes' else 10 if name=='aggmo' else 1)}
 
 def check(name, mode, option, decay, dtype, scen):
     got,ref = trajectory.__wrapped__(name, mode, option, decay, dtype, scen),trajectory(name, 'native', option, decay, dtype, scen)
-    for i in AT: assert_same(got[i], ref[i], **tolerance(dtype, scen), path=f'step {i}')
+    for i in AT: assert_same(got[i], ref[i], **tolerance(dtype, scen, name), path=f'step {i}')
 
 DT = {'f32': torch.float32, 'f64': torch.float64}
 def diverges(n, o, d, t, s):
