@@ -30,6 +30,7 @@ WD = 5e-4 # below the warning
 PEAKS = [3e-3,1e-2]
 every = pytest.mark.parametrize('name', NAMES)
 KW = dict({r.name: dict(decouple_wd=True) for r in list_optimizers() if r.hypers.get('decouple_wd') is False}, # those whose default is L2
+    apollo=dict(decouple_wd=True, warmup=0), # its first rate is a thousandth
     radam_schedulefree=dict(silent_sgd_phase=False)) # else its first steps leave the weights alone
 pytestmark = pytest.mark.filterwarnings('error:.*decouple_lr') # a test that wants one says so
 
