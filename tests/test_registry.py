@@ -48,7 +48,8 @@ def test_row_is_complete(row):
 @every
 def test_oracle_exists_and_is_not_ours(row):
     mod,_,name = row.oracle.rpartition('.')
-    f = getattr(pytest.importorskip(mod), name)
+    f = getattr(pytest.importorskip(mod), name, None)
+    if mod=='reference' and f is None: f = getattr(ORACLES[row.name], name) # its oracle module imports it
     assert not f.__module__.startswith('fastxtend_opt')
     if not mod.startswith('fastai'): return # other names for the same arguments
     theirs = set(inspect.signature(f).parameters) - {'kwargs'}
