@@ -21,7 +21,7 @@ def cosine_size(
     "Size of the cosine of the angle between two vectors"
     return ab.abs()/(aa.sqrt().clamp(min=eps)*bb.sqrt().clamp(min=eps))
 
-# %% ../../nbs/algorithms/adamp.ipynb #0eff94e1
+# %% ../../nbs/algorithms/adamp.ipynb #8065c4df
 def project_radial(
     p, # The parameter
     u, # The update, as large
@@ -30,12 +30,12 @@ def project_radial(
     eps:float # Least norm in the cosine, added to the norm in the projection (ϵ)
 )->tuple: # The update, without its part along the weights where that is due, and the share of the decay: `wd_ratio` or 1
     "Take the part along the weights out of `u`, if the gradient says that their length does not matter"
-    if p.ndim<2 or p.numel()==0: return u,1.
-    w,g,rows,n = p.data,p.grad.data,tuple(range(1, p.ndim)),p.numel()
-    sums = [x.sum(rows, keepdim=True) for x in (w*g, w*w, g*g, w*u)]
-    wg,ww,gg,wu = (x.sum() for x in sums)
-    size = cosine_size(wg, ww, gg, eps)
-    each,whole = cosine_size(*sums[:3], eps).amax()<delta/(n/p.shape[0])**.5,size<delta/n**.5
+    if p.ndim<2: return u,1.
+    w,g,rows = p.data,p.grad.data,tuple(range(1, p.ndim))
+    sums = [x.sum(rows, keepdim=True) for x in (w*g, w*w, g*g, w*u, torch.ones_like(w))] # a count of ones: asking for the shape would keep tensors apart by it
+    wg,ww,gg,wu,n = (x.sum() for x in sums)
+    size = cosine_size(wg, ww, gg, eps)*n.sqrt()
+    each,whole = (cosine_size(*sums[:3], eps)*sums[4].sqrt()<delta).logical_not().sum()==0,size<delta
     along = torch.where(each, sums[3]/(sums[1].sqrt()+eps).square(), torch.where(whole, wu/(ww.sqrt()+eps).square(), 0.))
     return u - w*along, torch.where(each.logical_or(whole), wd_ratio, torch.ones_like(size))
 
