@@ -31,6 +31,8 @@ class WithBackend:
 
 CORE = ('sgd','adam','ranger','larc','lamb','lion','adan','adamw_schedulefree','adafactor') # one of each kind that the engine has to do with: no state, one, several; state made from the weights; reductions, along axes too; signs
 
+AXES = ('adafactor','came','adamp','sgdp','adam_mini') # with reductions along axes, which only C++ kernels have, and only for contiguous parameters; elsewhere a fused step of theirs is one of foreach
+
 # ---------------------------------------------------------------- comparing
 class Mismatch(AssertionError): "Raised by `assert_same`; the message starts with the place that differs"
 
