@@ -182,11 +182,11 @@ def test_layouts(stepper, mode, layout, grad):
     run(*make(mode, [stepper], [(6,5,3,3), (30,20), (4,3,5), (7,), (6,4,1,1)], layout=layout, lr=.1), n=3, layout=layout if grad else None)
 
 @modes
-@steppers
+@pytest.mark.parametrize('stepper', [adafactor, adam_mini, every_second], ids=lambda f: f.__name__)
 def test_bfloat16(stepper, mode):
     "float32 arithmetic and state of reduced shape, as native keeps it"
     from fastxtend_opt.engine.optimizer import Storage
-    shapes = [(5,), (3,4), (1,7), (30,97), (6,5,3,3), (8,6,1,1), (3,20_011)]
+    shapes = [(5,), (3,4), (30,97), (6,5,3,3), (3,20_011)]
     for storage in (Storage(), Storage(stochastic_rounding=True), Storage(state_dtype=torch.float32), Storage(kahan_sum=False, state_dtype=torch.bfloat16)):
         ps,qs,_,b = make(mode, [stepper], shapes, dtype=torch.bfloat16, lr=.1)
         a = NativeOptimizer(ps, [stepper], lr=.1)

@@ -12,7 +12,7 @@ from fastai.optimizer import Optimizer, adam_step, average_grad, step_stat
 from ..engine.registry import make_optimizer, factory, options, register
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/adam_mini.ipynb #e7213600
+# %% ../../nbs/algorithms/adam_mini.ipynb #e1be3318
 PARTITIONS = ('neuron','tensor','element')
 
 def average_block_sqr_grad(
@@ -26,6 +26,7 @@ def average_block_sqr_grad(
     sqr = p.grad.data.pow(2)
     if partition=='neuron' and p.ndim>1: sqr = sqr.mean(dim=tuple(range(1, p.ndim)), keepdim=True)
     elif partition!='element': sqr = sqr.mean()
+    sqr = torch.where(sqr.isnan(), torch.zeros_like(sqr), sqr) # the mean of an empty block
     if v_b is None: v_b = torch.zeros_like(sqr)
     v_b.mul_(sqr_mom).add_(sqr, alpha=1-sqr_mom)
     return {'v_b': v_b}
