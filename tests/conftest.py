@@ -33,7 +33,8 @@ def pytest_collection_modifyitems(items):
     "A test marked `engine` runs with the optimizers of `CORE`; with the others when slow tests are asked for"
     for item in items:
         if item.get_closest_marker('engine') is None: continue
-        name = item.callspec.params.get('name', item.callspec.params.get('row'))
+        params = item.callspec.params
+        name = next(params[k] for k in ('name','row','optimizer') if k in params)
         if getattr(name, 'name', name) not in CORE: item.add_marker(pytest.mark.slow)
 
 def pytest_configure(config):

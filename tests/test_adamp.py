@@ -26,8 +26,8 @@ def stepped(name, mode, delta, dtype, n=20, **kw):
         opt.step()
     return snapshot(params, opt)
 
-@pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('dtype', [torch.float64,torch.float32])
+@pytest.mark.parametrize('mode', [pytest.param(m, marks=pytest.mark.slow if m=='triton' else ()) for m in MODES])
+@pytest.mark.parametrize('dtype', [torch.float64,pytest.param(torch.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('delta', DELTAS)
 @pytest.mark.parametrize('name', list(OPTS))
 def test_modes_project_as_native(name, delta, dtype, mode):

@@ -10,7 +10,7 @@ from helpers import backend_of
 MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer, triton=FusedOptimizer)
 SHAPES = [(5,), (1,), (20_011,), (3,4), (1,7), (7,1), (1,1), (300,97), (5,3,4), (6,5,3,3), (64,16,3,3), (8,6,1,1), (4,3,1,5), (2,1,3,1), (3,20_011), (40,2500), (2,3,70,80)]
 EMPTY = [(0,), (0,3), (3,0), (2,0,3,3)]
-modes = pytest.mark.parametrize('mode', MODES)
+modes = pytest.mark.parametrize('mode', [*(m for m in MODES if m!='triton'), pytest.param('triton', marks=pytest.mark.slow)]) # on a GPU they go through foreach; test_matrix has AdaFactor in mode triton
 
 def make(mode, cbs, shapes=SHAPES, dtype=torch.float64, layout=None, groups=False, **hyper):
     "A native optimizer and its twin in `mode`, with equal parameters"
@@ -182,7 +182,7 @@ def test_layouts(stepper, mode, layout, grad):
     run(*make(mode, [stepper], [(6,5,3,3), (30,20), (4,3,5), (7,), (6,4,1,1)], layout=layout, lr=.1), n=3, layout=layout if grad else None)
 
 @modes
-@pytest.mark.parametrize('stepper', [adafactor, adam_mini, every_second], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('stepper', [adafactor, *(pytest.param(f, marks=pytest.mark.slow) for f in (adam_mini, every_second))], ids=lambda f: f.__name__)
 def test_bfloat16(stepper, mode):
     "float32 arithmetic and state of reduced shape, as native keeps it"
     from fastxtend_opt.engine.optimizer import Storage

@@ -219,6 +219,7 @@ def algorithms():
     return [o.name for o in list_optimizers()]
 
 @pytest.mark.parametrize('optimizer', algorithms())
+@pytest.mark.engine
 def test_contestants_are_the_same_algorithm(optimizer):
     "Every mode and every peer goes where native goes, without decay and with it; whoever does not is said to differ, in the table"
     for wd in (0.,.01):

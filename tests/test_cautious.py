@@ -39,6 +39,7 @@ def refused(name):
     except ValueError as e: return str(e)
 
 @pytest.mark.parametrize('name', NAMES)
+@pytest.mark.engine
 def test_modes_agree_or_it_is_refused(name):
     if (msg := refused(name)): assert 'cautious=True' in msg and 'decays the weights and steps in one' in msg and 'Leave out' in msg; return
     assert name not in REFUSED

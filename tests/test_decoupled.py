@@ -53,7 +53,7 @@ def run(name, mode='native', n=25, dtype=torch.float64, **kw):
     return run_trajectory(f, n, dtype, scheduled, at=(0,1,6,12,16,n-1))
 
 # ---------------------------------------------------------------- the modes
-@pytest.mark.parametrize('name,mode,dtype', [pytest.param(n, m, t, marks=() if n in CORE or (m,t)==('fused','f64') else pytest.mark.slow) for n in NAMES for m in MODES for t in ('f64','f32')])
+@pytest.mark.parametrize('name,mode,dtype', [pytest.param(n, m, t, marks=() if n in CORE and (t=='f64' or m=='fused') else pytest.mark.slow) for n in NAMES for m in MODES for t in ('f64','f32')])
 def test_modes_agree(name, mode, dtype):
     if mode not in (*get_optimizer(name).modes,'triton'): pytest.skip(f'no {mode}')
     kw = dict(decouple_lr=True, max_lr=PEAKS, wd=.05, dtype={'f64':torch.float64,'f32':torch.float32}[dtype])

@@ -150,7 +150,7 @@ def diverges(n, o, d, t, s):
 def product():
     return [(n,o,d,t,s) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS if not diverges(n,o,d,t,s)]
 def is_default(n, o, d, t, s):
-    if n not in CORE: return s=='life' and (o==0 or d!='L2') and (t=='f64' or (o==0 and d!='L2')) or (s,o,t)==('spikes',0,'f64') and ROWS[n].kind=='reduction'
+    if n not in CORE: return s=='life' and ((o==0 and (t=='f64' or d==list(decays(n))[-1])) or (o and d==list(decays(n))[-1] and t=='f64'))
     if o==0 and s=='no_decay_on_some': return True                      # each optimizer: decays x dtypes
     if s=='plain': return t=='f64' and (d=='decoupled' or o==0)         # each option
     return o==0 and d=='decoupled' and t=='f32'                         # each scenario
