@@ -29,7 +29,7 @@ class WithBackend:
     def __call__(self, *args, **kwargs):
         with backend_of(self.mode): return self.f(*args, **kwargs)
 
-CORE = ('sgd','adam','ranger','larc','lamb','lion','adan','adamw_schedulefree','adafactor') # one of each kind that the engine has to do with: no state, one, several; state made from the weights; reductions, along axes too; signs
+CORE = ('sgd','adam','ranger','larc','lamb','lion','adamw_schedulefree','adafactor') # one of each kind that the engine has to do with: no state, one, two; state made from the weights; reductions, along axes too; signs
 
 AXES = ('adafactor','came','adamp','sgdp','adam_mini') # with reductions along axes, which only C++ kernels have, and only for contiguous parameters; elsewhere a fused step of theirs is one of foreach
 
