@@ -190,7 +190,7 @@ def _decouple_lr(cbs):
                          "add fastai's `weight_decay`, or mark your own with `@decays_weights`.")
     return [partial(fully_decoupled, cb) if m else cb for cb,m in zip(cbs, marked)]
 
-# %% ../../nbs/engine/08_registry.ipynb #e9abfcf7
+# %% ../../nbs/engine/08_registry.ipynb #8060f80c
 def cautious_step(
     cb, # A stepper that changes the parameter
     p, # The parameter
@@ -203,6 +203,8 @@ def cautious_step(
     mask = (torch.sign(update)*torch.sign(p.grad.data) > 0).to(update.dtype)
     p.data.copy_(before - update*(mask/mask.mean().clamp(min=1e-3)))
     return new
+
+cautious_step.masks_step = True # said to the engine, which looks at the stepper inside
 
 # %% ../../nbs/engine/08_registry.ipynb #7c88aed7
 def _copied(state): return {k:v.clone() if isinstance(v, Tensor) else v for k,v in state.items()}

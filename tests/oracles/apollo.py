@@ -5,7 +5,7 @@ from oracles import peer
 
 REFERENCE = lambda t,h,lam: Apollo(t, h['mom'], h['eps'], h['rebound'], h['warmup'], h['init_lr'], lam, h['decouple_wd'])
 STATE = dict(grad_avg='m', approx_hess='B', update='d', step='t')
-DEFAULTS = dict(mom=.9, eps=1e-4, rebound='constant', warmup=500, init_lr=None, wd=0.)
+DEFAULTS = dict(mom=.9, eps=1e-4, rebound='constant', warmup=500, init_lr=None, wd=0., decouple_wd=False)
 CASES = [dict(mom=.9, eps=1e-4, rebound='constant', warmup=10, init_lr=None), dict(mom=.5, eps=1e-2, rebound='belief', warmup=0, init_lr=None),
          dict(mom=.9, eps=1e-2, rebound='constant', warmup=500, init_lr=1e-3), dict(mom=0., eps=1e-4, rebound='belief', warmup=5, init_lr=1e-4)]
 

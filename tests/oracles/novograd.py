@@ -5,7 +5,7 @@ from oracles import peer
 
 REFERENCE = lambda t,h,lam: NovoGrad(t, h['mom'], h['sqr_mom'], h['eps'], lam, h['grad_averaging'], h['decouple_wd'])
 STATE = dict(grad_avg='m', sqr_norm='v')
-DEFAULTS = dict(mom=.95, sqr_mom=.98, eps=1e-8, grad_averaging=False, wd=0.)
+DEFAULTS = dict(mom=.95, sqr_mom=.98, eps=1e-8, grad_averaging=False, wd=0., decouple_wd=False)
 CASES = [dict(mom=.95, sqr_mom=.98, eps=1e-8, grad_averaging=False), dict(mom=.9, sqr_mom=.5, eps=1e-2, grad_averaging=True), dict(mom=0., sqr_mom=0., eps=1e-8, grad_averaging=False)]
 
 @peer()

@@ -5,7 +5,7 @@ from oracles import peer
 
 REFERENCE = lambda t,h,lam: SWATS(t, h['mom'], h['sqr_mom'], h['eps'], h['switch_tol'], lam, h['decouple_wd'])
 STATE = dict(grad_avg='m', sqr_avg='a', lam='lam', step='k')
-DEFAULTS = dict(mom=.9, sqr_mom=.999, eps=1e-9, switch_tol=1e-6, wd=0.)
+DEFAULTS = dict(mom=.9, sqr_mom=.999, eps=1e-9, switch_tol=1e-6, wd=0., decouple_wd=False)
 CASES = [dict(mom=.9, sqr_mom=.999, eps=1e-9, switch_tol=0.), dict(mom=.5, sqr_mom=.9, eps=1e-3, switch_tol=0.)]
 
 @peer(late=False, rtol=1e-6, atol=1e-6)
