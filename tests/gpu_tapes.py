@@ -5,6 +5,7 @@ from fastxtend_opt.engine.ops import OPS
 from fastxtend_opt.engine.optimizer import TapeOptimizer
 from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
 from fastxtend_opt.engine.tape import TapeSlot,trace_steppers
+from helpers import CORE
 from test_ops import NUMBERS,count
 
 def optimizer_tape(name, dtype):
@@ -33,4 +34,4 @@ def row_tape(name, dtype):
 
 def tapes(what):
     if what == 'rows': yield from ((f'{n}-{str(d)[6:]}', row_tape(n, d)) for n in OPS for d in (torch.float32, torch.float64))
-    else: yield from ((f'{o.name}-{str(d)[6:]}', optimizer_tape(o.name, d)) for o in list_optimizers() for d in (torch.float32, torch.bfloat16))
+    else: yield from ((f'{o.name}-{str(d)[6:]}', optimizer_tape(o.name, d)) for o in list_optimizers() for d in ((torch.float32, torch.bfloat16) if o.name in CORE else (torch.float32,)))

@@ -314,7 +314,7 @@ BASES = [r.name for r in list_optimizers() if r.name not in (*NAMES,'ranger','lo
 def base(name, ps, mode='native', lr=.01, **kw):
     with backend_of(mode): return ScheduleFree(get_optimizer(name).func(ps, lr=lr, **{k:v for k,v in dict(mom=.9).items() if k in get_optimizer(name).hypers}, **flags(mode)), **kw)
 
-@pytest.mark.parametrize('name,mode', [pytest.param(n, m, marks=() if n in CORE or m=='fused' else pytest.mark.slow) for n in BASES for m in MODES])
+@pytest.mark.parametrize('name,mode', [pytest.param(n, m, marks=() if n in CORE else pytest.mark.slow) for n in BASES for m in MODES])
 def test_round_any_optimizer(name, mode):
     "As in native mode, with a late gradient, groups, warmup; weights of both kinds"
     def run(mode):

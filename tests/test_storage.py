@@ -134,6 +134,7 @@ def case(name, **kw):
     return off(drift(WithBackend(get_optimizer(row).factory(**decaying(row), **hypers, **kw), 'fused'), torch.bfloat16, lr, n=300 if kw.get('kahan_sum') is False else 2000), _float64[name])
 
 @pytest.mark.parametrize('name', CASES)
+@pytest.mark.engine
 def test_kahan_follows_float64(name):
     """Weight and compensation within .5% of the way (with averages of .999 in bfloat16: QHAdam 1.5%, AdamW and RAdam of the schedule-free 1%), where plain bfloat16 does not move at all; what is seen of it, the
     bfloat16 weight, is off by its own rounding beside (a quarter of a step on average, .002 here, of a way of .15 to .8; Ranger's is .09)"""
