@@ -14,7 +14,7 @@ NUMBERS = {'pow':[1.7], 'rpow':[1.7], 'rsub':[.3], 'rdiv':[.3], 'clamp_min':[.2]
            'full':[.7], 'lerp':[.3], 'sround_bfloat16':[5.,6.,7.]}
 TENSORS = {'axpy':2, 'addcmul':3, 'addcdiv':3, 'lerp':2, 'expand':2, 'where':3, 'logical_and':2, 'logical_or':2, 'logical_xor':2}
 BINARY = 'add sub mul div maximum minimum copysign gt ge lt le eq ne'.split()
-POSITIVE = {'sqrt','rsqrt','log','log2','log1p','pow'}
+POSITIVE = {'sqrt','rsqrt','log','log2','log1p','pow','cbrt'}
 
 def count(name): return 2 if name in BINARY else TENSORS.get(name, 1)
 

@@ -82,7 +82,7 @@ _slow = ('std::exp','std::log','std::tanh','std::erf','std::sin','std::cos','std
 
 _ctype = {torch.float32:'float', torch.float64:'double', torch.bfloat16:'bf16', torch.float16:'f16'}
 
-# %% ../../nbs/engine/05_cpp.ipynb #c8dbb72d
+# %% ../../nbs/engine/05_cpp.ipynb #4fa01fbf
 def emit_cpp(
     tape:Tape # What to do
 ) -> str: # C++ source with one exported function, `run`
@@ -115,7 +115,10 @@ def emit_cpp(
 def _inverse(tape, j): return OPS[tape.ops[j][0]].inverse and tape.ops[j][2] >= SCALAR_REF
 
 def _expr(tape, j, ref, inverse=False):
-    o,args = OPS[tape.ops[j][0]],[ref(r) for r in tape.ops[j][1:]]
+    name,*rs = tape.ops[j]
+    o,args = OPS[name],[ref(r) for r in rs]
+    if not name.startswith('logical'): # masks in arithmetic are 0 and 1, said so that the loop is vectorised
+        args = [f'({a}?CT(1):CT(0))' if 0 <= r < SCALAR_REF and tape.types[r][1] is torch.bool and not (name=='where' and i==0) else a for i,(r,a) in enumerate(zip(rs, args))]
     if inverse and _inverse(tape, j): return o.inverse.format(args[0], 'i'+args[1])
     return o.cpp.format(*args)
 

@@ -241,7 +241,7 @@ class TapeTensor:
         self.tape.refuse(k)
     def __getitem__(self, k): self.tape.refuse('indexing')
 
-# %% ../../nbs/engine/01_tape.ipynb #e5e73eaa
+# %% ../../nbs/engine/01_tape.ipynb #61e72137
 def _op(name):
     def _inner(self, *xs): return self.tape.emit(name, self, *xs)
     return _inner
@@ -276,6 +276,7 @@ def _pow(self, e):
     if e==0.5: return emit('sqrt', self)
     if e==-1: return emit('reciprocal', self)
     if e==-0.5: return emit('rsqrt', self)
+    if e==1/3: return emit('cbrt', self)
     if e==3: return emit('mul', emit('square', self), self)
     if e==4: return emit('square', emit('square', self))
     return emit('pow', self, e)
