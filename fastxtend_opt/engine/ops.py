@@ -73,7 +73,7 @@ for _n,(_cpp,_tri) in dict(
     add_op(_n, getattr(torch, _n), _cpp, triton=_tri, script_='{0}.%s_()'%_n, foreach=getattr(torch, f'_foreach_{_n}'), foreach_=getattr(torch, f'_foreach_{_n}_'))
 add_op('square', torch.square, '({0}*{0})', script_='{0}.square_()', foreach=lambda xs: torch._foreach_mul(xs, xs), foreach_=lambda xs: torch._foreach_mul_(xs, xs))
 
-# %% ../../nbs/engine/00_ops.ipynb #9765459a
+# %% ../../nbs/engine/00_ops.ipynb #2af429f1
 for _n,_c in dict(add='+', sub='-', mul='*', div='/').items():
     add_op(_n, getattr(torch, _n), '({0}%s{1})'%_c, triton='div({0}, {1})' if _n=='div' else '', script_='{0}.%s_({1})'%_n, nargs=2,
            foreach=getattr(torch, f'_foreach_{_n}'), foreach_=getattr(torch, f'_foreach_{_n}_'), exact=_n=='mul', inverse='({0}*{1})' if _n=='div' else '')
@@ -86,7 +86,7 @@ add_op('rsub', lambda x,s: s-x, '({1}-{0})', '({1} - {0})', '{0}.neg_().add_({1}
 add_op('rdiv', lambda x,s: s/x, '({1}/{0})', '({1} / {0})', '{0}.reciprocal_().mul_({1})', _rdiv, _rdiv_, triton='div({1}, {0})', nargs=2, exact=True)
 add_op('pow', torch.pow, 'std::pow({0},{1})', script_='{0}.pow_({1})', foreach=torch._foreach_pow, foreach_=torch._foreach_pow_, triton='pow({0}, {1})', nargs=2)
 add_op('cbrt', lambda x: torch.pow(x, 1/3), '({0}==-CT(INFINITY)?CT(INFINITY):{0}<CT(0)?CT(NAN):std::cbrt({0})+CT(0))', 'torch.pow({0}, 0.3333333333333333)', '{0}.pow_(0.3333333333333333)', lambda xs: torch._foreach_pow(xs, 1/3),
-       lambda xs: torch._foreach_pow_(xs, 1/3), triton='pow({0}, 0.3333333333333333)') # `x**(1/3)`, which is NaN below 0
+       lambda xs: torch._foreach_pow_(xs, 1/3), triton='pow({0}, tl.minimum(tl.maximum({0}, 0.0), 0.0) + 0.3333333333333333)') # `x**(1/3)`, which is NaN below 0
 add_op('rpow', lambda x,s: s**x, 'std::pow({1},{0})', '{1} ** {0}', foreach=lambda xs,s: torch._foreach_pow(s, xs), triton='pow({1}, {0})', nargs=2)
 add_op('copysign', torch.copysign, 'std::copysign({0},{1})', script_='{0}.copysign_({1})', triton='copysign({0}, {1})', nargs=2)
 
