@@ -207,6 +207,10 @@ def as_signed(got, want, lr):
     assert sum(int(o.sum()) for o in off) <= 1e-4*sum(o.numel() for o in off)
     return [torch.where(o, a, b) for o,a,b in zip(off, got, want)]
 
+CANCEL = 4*2**-24 # the float32 rounding of a sum of values of order 1
+# and what comes of it further on: the last bit of a masked optimizer's step decides whether the element is let through, and one more or less in
+# 10,000, about half of which are, changes the factor of all steps by 1e-4/.5 of 1/.5; Apollo divides by no less than .01
+CANCELS = dict(cadamw=4e-4*LR, clion=4e-4*LR, apollo=100*CANCEL)
 LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
 LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled') != (t=='f16') if n in CORE else (d,t)==(list(decays(n))[:2][-1],'bf16')) else pytest.mark.slow)
             for n in NAMES for d in decays(n) for t in LOW]
@@ -215,8 +219,8 @@ LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled
 def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
     """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one ulp
     off native's float32 step, whose own sums may fall on the other side of a rounding boundary. Where a sum of values of order 1 cancels, its
-    float32 rounding (4 * 2**-24) is more than an ulp of what is left, hence the absolute part."""
-    kw,dtype,cancel = decays(name)[decay],LOW[dtype],4*2**-24
+    float32 rounding is more than an ulp of what is left, hence the absolute part."""
+    kw,dtype,cancel = decays(name)[decay],LOW[dtype],max(CANCEL, CANCELS.get(name, 0))
     params,stream = make_params(dtype=dtype, channels_last=name not in AXES),GradStream(1)
     opt = opt_func(name, mode, kahan_sum=False, **kw)(two_groups(params))
     opt.state[params[2]]['do_wd'] = False
