@@ -150,16 +150,17 @@ def diverges(n, o, d, t, s):
 def product():
     return [(n,o,d,t,s) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS if not diverges(n,o,d,t,s)]
 def is_default(n, o, d, t, s):
-    if n not in CORE: # half of its parameters have no decay
-        last = list(decays(n))[-1]
-        return s=='life' and (t=='f64' and (d==last or (o==0 and d!='none')) or (o,d,t)==(0,last,'f32'))
+    if n not in CORE: return s=='life' and d==list(decays(n))[-1] and (t=='f64' or o==0) # half of its parameters have no decay
     if o==0 and s=='no_decay_on_some': return True                      # each optimizer: decays x dtypes
     if s=='plain': return t=='f64' and (d=='decoupled' or o==0)         # each option
     return o==0 and d=='decoupled' and t=='f32'                         # each scenario
 def _id(c): return '-'.join(map(str, c))
 def is_default_in(mode, n, o, d, t, s):
-    "Triton's interpreter is slow: outside of `CORE` one case an optimizer, none where the mode is foreach's"
-    return is_default(n, o, d, t, s) and (mode!='triton' or (n in CORE and n not in AXES) or (t=='f32' and (n not in AXES or s=='life')))
+    """Outside of `CORE` its options in fused mode (all modes have the tape in common), its default ones in all; Triton's interpreter is slow: one
+    case an optimizer, none where the mode is foreach's"""
+    if not is_default(n, o, d, t, s): return False
+    if mode=='triton': return t=='f32' and (n in ('adam','larc','lamb') or s=='life') and (n not in AXES or s=='life')
+    return n in CORE or mode=='fused' or (o,t)==(0,'f64')
 MATRIX = [pytest.param(*c, m, id=f'{_id(c)}-{m}', marks=() if is_default_in(m, *c) else pytest.mark.slow) for c in product() for m in MODES]
 
 @pytest.mark.parametrize('name,option,decay,dtype,scen,mode', MATRIX)
