@@ -26,7 +26,7 @@ __all__ = ['tasks', 'recommended', 'RATES', 'FORMAT', 'stdlib_text', 'TextModel'
            'run_compare', 'measure_times', 'steps_to', 'summarize', 'beside_adam', 'compare_table', 'compare_summary',
            'compare_report', 'plot_rates', 'plot_curves', 'save_compare', 'compare']
 
-# %% ../../nbs/tools/compare.ipynb #50f4a67d
+# %% ../../nbs/tools/compare.ipynb #158e4b36
 class _Tensors:
     "Inputs and targets as tensors; `n_inp` of them are inputs"
     def __init__(self, *tensors, n_inp=1): self.tensors,self.n_inp = tensors,n_inp
@@ -37,7 +37,7 @@ class _Batches(TfmdDL):
     "Batches that are cut out of `_Tensors` at once, at most `per_epoch` items an epoch"
     do_item,per_epoch = staticmethod(lambda i: i),None
     def create_batch(self, idxs): return self.dataset[torch.tensor(idxs)]
-    def get_idxs(self): return super().get_idxs()[:self.per_epoch]
+    def get_idxs(self): return self.rng.sample(range(self.n), self.per_epoch) if self.per_epoch and self.shuffle else super().get_idxs()
     def __len__(self):
         n = min(self.n, self.per_epoch or self.n)
         return n//self.bs if self.drop_last else -(-n//self.bs)
@@ -125,7 +125,7 @@ def _table_model():
     from fastai.tabular.model import TabularModel
     return TabularModel([], 30, 2, [64,32], ps=.1)
 
-# %% ../../nbs/tools/compare.ipynb #20790313
+# %% ../../nbs/tools/compare.ipynb #6aa0b1de
 class Task(NamedTuple):
     "One of the trainings that all optimizers do"
     title:str # What it is
@@ -143,9 +143,9 @@ def _sklearn():
 
 tasks = dict(
     text=Task('language model', "a transformer of two blocks, 64 wide, that predicts the next of Python's own docstrings' characters",
-              _text_data, TextModel, 16, 10, 16*25, lambda: 'Python '+platform.python_version()),
+              _text_data, TextModel, 8, 10, 8*32, lambda: 'Python '+platform.python_version()),
     digits=Task('images', "a residual convolutional network with BatchNorm and SiLU on scikit-learn's 1,797 digits of 8x8 pixels",
-                _digits_data, _digits_model, 64, 9, source=_sklearn),
+                _digits_data, _digits_model, 32, 6, source=_sklearn),
     table=Task('tabular', "fastai's `TabularModel`, 64 and 32 wide with BatchNorm and dropout .1, on scikit-learn's 569 cases of breast cancer",
                _table_data, _table_model, 32, 12, source=_sklearn))
 
