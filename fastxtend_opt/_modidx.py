@@ -1316,6 +1316,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastxtend_opt/tools/compare.py'),
                                              'fastxtend_opt.tools.compare._digits_model': ( 'tools/compare.html#_digits_model',
                                                                                             'fastxtend_opt/tools/compare.py'),
+                                             'fastxtend_opt.tools.compare._free_cbs': ( 'tools/compare.html#_free_cbs',
+                                                                                        'fastxtend_opt/tools/compare.py'),
                                              'fastxtend_opt.tools.compare._gmean': ( 'tools/compare.html#_gmean',
                                                                                      'fastxtend_opt/tools/compare.py'),
                                              'fastxtend_opt.tools.compare._job': ( 'tools/compare.html#_job',

@@ -345,8 +345,14 @@ def make_jobs(
     if seeds<1: raise ValueError(f"seeds={seeds}: it must be 1 or more.")
     return [_job(c, t, p, s, short) for s in range(seeds) for p in sorted(powers, key=abs) for t in names for c in who.values() if not c.skip]
 
-# %% ../../nbs/tools/compare.ipynb #c864b5a2
+# %% ../../nbs/tools/compare.ipynb #a98420c6
 def _digits6(x): return float(f'{x:.6g}') if math.isfinite(x) else None
+
+def _free_cbs(c):
+    "BatchNorm's statistics are of the training weights; a schedule-free optimizer's page says to take them anew before it is evaluated"
+    if not c.free: return []
+    from fastxtend_opt.algorithms.schedulefree import ScheduleFreeMode
+    return [ScheduleFreeMode(recalibrate=True)]
 
 def run_training(
     job:dict # From `make_jobs`
@@ -360,7 +366,7 @@ def run_training(
             warnings.simplefilter('ignore')
             c = _contestant(job['optimizer'])
             if c.skip: raise RuntimeError(c.skip)
-            learn = task_learner(job['task'], c.opt_func(job['steps']), job['seed'], job['lr'])
+            learn = task_learner(job['task'], c.opt_func(job['steps']), job['seed'], job['lr'], cbs=_free_cbs(c))
             with learn.no_bar(), learn.no_logging():
                 row['untrained'] = _digits6(float(learn.validate()[0]))
                 set_seed(job['seed'])
@@ -839,7 +845,7 @@ def save_compare(
         plt.close(fig)
     return files
 
-# %% ../../nbs/tools/compare.ipynb #05ee604b
+# %% ../../nbs/tools/compare.ipynb #86995073
 def compare(
     out:str|Path='compare', # Folder of the results
     only:list=None, # Names of optimizers; `None`: all
@@ -872,7 +878,7 @@ def compare(
             need = [n for n,c in picked.items() if not c.skip and (times or 'batch' not in known.get(t, {}).get(n, {}))]
             if not need: continue
             names = dict.fromkeys(['adam', *need]) # ratios are within one measurement
-            known.setdefault(t, {}).update(measure_times({n:who[n] for n in names}, [t], rounds=2 if quick else 5, progress=progress)[t])
+            known.setdefault(t, {}).update(measure_times({n:who[n] for n in names}, [t], 2 if quick else 5, 3 if quick else 6, progress)[t])
         timed.parent.mkdir(parents=True, exist_ok=True)
         timed.write_text(json.dumps(known))
     result = _summary()
