@@ -24,8 +24,8 @@ from ..engine.registry import get_optimizer, list_optimizers
 # %% auto #0
 __all__ = ['tasks', 'recommended', 'RATES', 'FORMAT', 'stdlib_text', 'TextModel', 'Task', 'task_learner', 'Contestant',
            'contestants', 'state_bytes', 'rate', 'job_key', 'make_jobs', 'run_training', 'run_jobs', 'load_rows',
-           'run_compare', 'measure_times', 'steps_to', 'summarize', 'beside_adam', 'compare_table', 'compare_summary',
-           'compare_report', 'plot_rates', 'plot_curves', 'save_compare', 'compare']
+           'run_compare', 'measure_times', 'steps_to', 'summarize', 'beside_adam', 'near_best', 'rate_counts',
+           'compare_table', 'compare_summary', 'compare_report', 'plot_rates', 'plot_curves', 'save_compare', 'compare']
 
 # %% ../../nbs/tools/compare.ipynb #cd01acf4
 class _Tensors:
@@ -666,10 +666,15 @@ def summarize(
                 optimizers={n:dict(title=c.title, lr=c.lr, source=c.source, hypers={} if callable(c.hypers) else c.hypers, free=c.free, page=c.page)
                             for n,c in who.items() if not c.skip and n in seen})
 
-# %% ../../nbs/tools/compare.ipynb #dd076044
+# %% ../../nbs/tools/compare.ipynb #b6cd71b7
 def _best_cell(result, t, n):
     p = result['best'].get(t, {}).get(n)
     return None if p is None else next(c for c in result['cells'] if (c['task'],c['optimizer'],c['power'])==(t,n,p))
+
+def _chance(x, y):
+    "Is the difference of two means less than twice its standard error? `None`: one seed alone"
+    if x['std'] is None or y['std'] is None: return None
+    return abs(x['mean']-y['mean'])<2*math.sqrt(x['std']**2/x['n']+y['std']**2/y['n'])
 
 def beside_adam(
     result:dict, # From `summarize`
@@ -680,8 +685,23 @@ def beside_adam(
     a,b = (_best_cell(result, task, n) for n in (name,'adam'))
     if a is None or b is None: return None
     x,y = a['final'],b['final']
-    if x['std'] is None or y['std'] is None: return x['mean']/y['mean'],None
-    return x['mean']/y['mean'],name!='adam' and abs(x['mean']-y['mean'])<2*math.sqrt(x['std']**2/x['n']+y['std']**2/y['n'])
+    return x['mean']/y['mean'],name!='adam' and _chance(x, y)
+
+def near_best(
+    result:dict, # From `summarize`
+    task:str # Name of the task
+)->list|None: # Names, the lowest loss first; `None`: one seed alone
+    "The optimizers whose final loss at the best rate is less than two standard errors above the lowest"
+    names = [n for n in _order(result, task) if _best_cell(result, task, n)]
+    finals = {n:_best_cell(result, task, n)['final'] for n in names}
+    if not names or any(f['std'] is None for f in finals.values()): return None
+    return [n for n in names if n==names[0] or _chance(finals[n], finals[names[0]])]
+
+def rate_counts(
+    result:dict # From `summarize`
+)->dict: # Task to a dict of -1, 0, 1 to a number of optimizers
+    "For how many optimizers a third, the recommended rate or three times was the best of the three"
+    return {t:{p:sum(b==p for b in bs.values()) for p in result['powers']} for t,bs in result['best'].items()}
 
 def _pm(s, digits=3):
     if s is None: return ''
@@ -722,29 +742,25 @@ def compare_table(
         out.append('| '+' | '.join([_link(result, n, root), where, *((_pm(c['final']),_pm(c['best'])) if c else ('','')), to, *finals, bad])+' |')
     return '\n'.join(out)
 
-def _gmean(v): return math.exp(sum(map(math.log, v))/len(v))
-
 def compare_summary(
     result:dict, # From `summarize`
     root:str=None # Where the pages are, for links to them
 )->str: # Markdown
-    "One row an optimizer: final loss beside Adam's on each task, divergences, memory, time"
-    names,ts = list(result['optimizers']),list(result['tasks'])
-    def _side(n): return {t:beside_adam(result, t, n) for t in ts}
-    def _mean(n):
-        v = [s[0] for s in _side(n).values() if s]
-        return _gmean(v) if len(v)==len(ts) and min(v)>0 else math.inf
-    head = ['optimizer', 'recommended rate', *[f"{result['tasks'][t]['title']}: beside Adam (rate)" for t in ts], 'geometric mean', 'divergences', 'bytes a parameter', 'time of a batch, Adam = 1']
+    "One row an optimizer: final loss beside Adam's on each task, mean of the places, divergences, memory, time"
+    ts = list(result['tasks'])
+    places = {t:{n:i+1 for i,n in enumerate(_order(result, t)) if _best_cell(result, t, n)} for t in ts}
+    def _place(n): return np.mean([places[t][n] for t in ts]) if all(n in places[t] for t in ts) else math.inf
+    head = ['optimizer', 'recommended rate', *[f"{result['tasks'][t]['title']}: beside Adam" for t in ts], 'mean place', 'divergences', 'bytes a parameter', 'time of a batch, Adam = 1']
     out = [f"| {' | '.join(head)} |", '|'+'---|'*len(head)]
-    mark = {-1:' ÷3', 0:'', 1:' ×3'}
-    for n in sorted(names, key=lambda n: (_mean(n), n)):
+    mark = {-1:' (÷3)', 0:'', 1:' (×3)'}
+    for n in sorted(result['optimizers'], key=lambda n: (_place(n), n)):
         own = [c for c in result['cells'] if c['optimizer']==n]
-        sides = [f"{'≈' if s[1] else ''}{s[0]:.2f}" + (f" ({mark[result['best'][t][n]].strip()})" if result['best'][t][n] else '') if s else '' for t,s in _side(n).items()]
+        sides = ['' if (s := beside_adam(result, t, n)) is None else f"{'≈' if s[1] else ''}{s[0]:.2f}{mark[result['best'][t][n]]}" for t in ts]
         bad,all_ = sum(len(c['diverged']) for c in own),sum(len(c['seeds']) for c in own)
         byts = sorted({f"{c['bytes']:.3g}" for c in own if c['bytes'] is not None}, key=float)
         times = [v['vs_adam'] for t in ts if 'vs_adam' in (v := result['times'].get(t, {}).get(n, {}))]
-        out.append('| '+' | '.join([_link(result, n, root), f"{result['optimizers'][n]['lr']:g}", *sides, f'{_mean(n):.2f}' if math.isfinite(_mean(n)) else '',
-            f'{bad} of {all_}' if bad else '0', byts[0] if len(byts)==1 else f'{byts[0]} to {byts[-1]}' if byts else '', f'{_gmean(times):.2f}' if times else ''])+' |')
+        out.append('| '+' | '.join([_link(result, n, root), f"{result['optimizers'][n]['lr']:g}", *sides, f'{_place(n):.1f}' if math.isfinite(_place(n)) else '',
+            f'{bad} of {all_}' if bad else '0', byts[0] if len(byts)==1 else f'{byts[0]} to {byts[-1]}' if byts else '', f'{math.exp(np.mean(np.log(times))):.2f}' if times else ''])+' |')
     return '\n'.join(out)
 
 def compare_report(
@@ -755,7 +771,8 @@ def compare_report(
     out = ['# Comparison of the optimizers', '', f"{n} optimizers, {len(result['tasks'])} tasks, {len(result['powers'])} learning rates, {result['seeds']} seeds: {result['trainings']} trainings, "
            f"{result['diverged']} of them diverged. Made by `fastxtend-opt compare`; {m['cpu']}, Python {m['python']}, torch {m['torch']}.", '',
            'Losses are means over seeds ± their standard deviation. ≈: the difference to Adam is less than twice its standard error. ÷3, ×3: the best of the three rates was a third, or three times, of the recommended one. '
-           'The order within a table is that of the means, and neighbours may well be equal.', '', '## Summary', '', compare_summary(result), '']
+           'The order within a table is that of the means, and neighbours may well be equal. '
+           'The mean place is that of an optimizer in the tables of the tasks.', '', '## Summary', '', compare_summary(result), '']
     for t,i in result['tasks'].items():
         out += [f"## {i['title'].capitalize()} (`{t}`)", '', f"{i['about'][0].upper()+i['about'][1:]}: {i['params'] or 0:,} parameters, {i['steps']} steps of {i['bs']} ({i['source']}). "
                 f"Loss of the untrained network: {i['untrained'] or math.nan:.3g}. " + (f"Target: {i['target']:.4g}." if i['target'] is not None else 'No target: Adam was not trained.'), '', compare_table(result, t), '']
@@ -769,7 +786,18 @@ def compare_report(
     if result['skipped']: out += ['## Left out', '', *[f'* {n}: {why}' for n,why in result['skipped'].items()], '']
     return '\n'.join(out)
 
-# %% ../../nbs/tools/compare.ipynb #e4426ae0
+# %% ../../nbs/tools/compare.ipynb #fc2240c8
+def _log_axis(ax, which):
+    "Logarithmic where the values are further apart than a factor of four, with plain numbers"
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    lo,hi = sorted(getattr(ax, f'get_{which}lim')())
+    if lo<=0 or hi<4*lo: return
+    getattr(ax, f'set_{which}scale')('log')
+    axis = getattr(ax, f'{which}axis')
+    axis.set_major_locator(LogLocator(subs=(1,2,5)))
+    axis.set_major_formatter(FuncFormatter(lambda v,_: f'{v:g}'))
+    axis.set_minor_formatter(NullFormatter())
+
 def plot_rates(
     result:dict # From `summarize`
 ): # matplotlib's figure
@@ -794,10 +822,11 @@ def plot_rates(
                 ax.plot(f['mean'], y, m, color=col, ms=5, mfc=col if c['power']==best else 'white', zorder=3)
             for k,c in enumerate(c for c in own if c['diverged']): ax.annotate('×', (1.005+.02*k, y), xycoords=('axes fraction','data'), color=looks[c['power']][1], va='center', fontsize=9, annotation_clip=False)
         ax.set_yticks(range(len(names)), [_title(result, n) for n in names], fontsize=7)
-        ax.set(ylim=(len(names)-.3, -.7), xscale='log', xlabel='validation loss at the end')
+        ax.set(ylim=(len(names)-.3, -.7), xlabel='validation loss at the end')
         if top: ax.axvline(top, color='.6', ls=':', lw=1)
         if i['target'] is not None: ax.axvline(i['target'], color='tab:green', ls='--', lw=.8)
         ax.set_title(f"{i['title']} ({i['trainings']} trainings)", fontsize=10)
+        _log_axis(ax, 'x')
         ax.grid(axis='x', which='both', alpha=.25)
     handles = [plt.Line2D([], [], marker=m, color=c, ls='', label=_powers[p]) for p,(m,c) in looks.items() if p in result['powers']]
     handles += [plt.Line2D([], [], color='tab:green', ls='--', lw=.8, label='target'), plt.Line2D([], [], color='.6', ls=':', label='untrained'), plt.Line2D([], [], marker='x', color='.3', ls='', label='some or all diverged')]
@@ -822,7 +851,8 @@ def plot_curves(
             ax.plot(xs[:len(ys)], ys, **kw)
         if i['target'] is not None: ax.axhline(i['target'], color='tab:green', ls='--', lw=.8)
         if names: ax.legend(fontsize=7)
-        ax.set(yscale='log', xlabel='steps', title=i['title'])
+        ax.set(xlabel='steps', title=i['title'])
+        _log_axis(ax, 'y')
         ax.grid(which='both', alpha=.2)
     axs[0][0].set_ylabel('validation loss, mean over seeds')
     return fig
