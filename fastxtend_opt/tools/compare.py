@@ -786,11 +786,11 @@ def compare_report(
     if result['skipped']: out += ['## Left out', '', *[f'* {n}: {why}' for n,why in result['skipped'].items()], '']
     return '\n'.join(out)
 
-# %% ../../nbs/tools/compare.ipynb #fc2240c8
+# %% ../../nbs/tools/compare.ipynb #cf5675c0
 def _log_axis(ax, which):
     "Logarithmic where the values are further apart than a factor of four, with plain numbers"
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    lo,hi = sorted(getattr(ax, f'get_{which}lim')())
+    lo,hi = getattr(ax.dataLim, f'interval{which}')
     if lo<=0 or hi<4*lo: return
     getattr(ax, f'set_{which}scale')('log')
     axis = getattr(ax, f'{which}axis')
