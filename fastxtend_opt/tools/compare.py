@@ -666,7 +666,7 @@ def summarize(
                 optimizers={n:dict(title=c.title, lr=c.lr, source=c.source, hypers={} if callable(c.hypers) else c.hypers, free=c.free, page=c.page)
                             for n,c in who.items() if not c.skip and n in seen})
 
-# %% ../../nbs/tools/compare.ipynb #b6cd71b7
+# %% ../../nbs/tools/compare.ipynb #774c43b3
 def _best_cell(result, t, n):
     p = result['best'].get(t, {}).get(n)
     return None if p is None else next(c for c in result['cells'] if (c['task'],c['optimizer'],c['power'])==(t,n,p))
@@ -707,7 +707,7 @@ def _pm(s, digits=3):
     if s is None: return ''
     return f"{s['mean']:.{digits}g}" + (f" ± {s['std']:.2g}" if s['std'] is not None else '')
 
-_powers = {-1:'a third', 0:'recommended', 1:'three times'}
+_powers,_marks = {-1:'a third', 0:'recommended', 1:'three times'},{-1:'÷3', 0:'recommended', 1:'×3'}
 
 def _title(result, n):
     o = result['optimizers'].get(n, {})
@@ -730,14 +730,14 @@ def compare_table(
     root:str=None # Where the pages are, for links to them
 )->str: # Markdown
     "The table of one task, the lowest final loss first"
-    head = ['optimizer', 'best rate', 'final loss', 'lowest loss', 'steps to target', *[f'final at {_powers[p]}' for p in result['powers']], 'divergences']
+    head = ['optimizer', 'best rate', 'final loss', 'lowest loss', 'steps to target', *[_marks[p] for p in result['powers']], 'diverged']
     out = [f"| {' | '.join(head)} |", '|'+'---|'*len(head)]
     for n in _order(result, task):
         cells = {c['power']:c for c in result['cells'] if c['task']==task and c['optimizer']==n}
         c = _best_cell(result, task, n)
         to = '' if c is None or c['to_target'] is None else f"{c['to_target']['mean']:.0f}" + (f" ({c['to_target']['n']} of {c['ok']})" if c['to_target']['n']<c['ok'] else '')
         bad = ', '.join(f"{len(o['diverged'])} of {len(o['seeds'])} at {o['lr']:g}" for _,o in sorted(cells.items()) if o['diverged'])
-        where = '' if c is None else f"{c['lr']:g}" + ('' if c['power']==0 else f" ({_powers[c['power']]})")
+        where = '' if c is None else f"{c['lr']:g}" + ('' if c['power']==0 else f" ({_marks[c['power']]})")
         finals = [_pm(cells[p]['final']) if p in cells else '' for p in result['powers']]
         out.append('| '+' | '.join([_link(result, n, root), where, *((_pm(c['final']),_pm(c['best'])) if c else ('','')), to, *finals, bad])+' |')
     return '\n'.join(out)
@@ -750,12 +750,11 @@ def compare_summary(
     ts = list(result['tasks'])
     places = {t:{n:i+1 for i,n in enumerate(_order(result, t)) if _best_cell(result, t, n)} for t in ts}
     def _place(n): return np.mean([places[t][n] for t in ts]) if all(n in places[t] for t in ts) else math.inf
-    head = ['optimizer', 'recommended rate', *[f"{result['tasks'][t]['title']}: beside Adam" for t in ts], 'mean place', 'divergences', 'bytes a parameter', 'time of a batch, Adam = 1']
+    head = ['optimizer', 'rate', *[result['tasks'][t]['title'] for t in ts], 'mean place', 'diverged', 'bytes', 'batch']
     out = [f"| {' | '.join(head)} |", '|'+'---|'*len(head)]
-    mark = {-1:' (÷3)', 0:'', 1:' (×3)'}
     for n in sorted(result['optimizers'], key=lambda n: (_place(n), n)):
         own = [c for c in result['cells'] if c['optimizer']==n]
-        sides = ['' if (s := beside_adam(result, t, n)) is None else f"{'≈' if s[1] else ''}{s[0]:.2f}{mark[result['best'][t][n]]}" for t in ts]
+        sides = ['' if (s := beside_adam(result, t, n)) is None else f"{'≈' if s[1] else ''}{s[0]:.2f}" + (f' ({_marks[p]})' if (p := result['best'][t][n]) else '') for t in ts]
         bad,all_ = sum(len(c['diverged']) for c in own),sum(len(c['seeds']) for c in own)
         byts = sorted({f"{c['bytes']:.3g}" for c in own if c['bytes'] is not None}, key=float)
         times = [v['vs_adam'] for t in ts if 'vs_adam' in (v := result['times'].get(t, {}).get(n, {}))]
@@ -772,7 +771,9 @@ def compare_report(
            f"{result['diverged']} of them diverged. Made by `fastxtend-opt compare`; {m['cpu']}, Python {m['python']}, torch {m['torch']}.", '',
            'Losses are means over seeds ± their standard deviation. ≈: the difference to Adam is less than twice its standard error. ÷3, ×3: the best of the three rates was a third, or three times, of the recommended one. '
            'The order within a table is that of the means, and neighbours may well be equal. '
-           'The mean place is that of an optimizer in the tables of the tasks.', '', '## Summary', '', compare_summary(result), '']
+           'The last columns of a task are the final losses at the three rates.', '', '## Summary', '',
+           "The recommended rate; of each task the final loss at the best rate, divided by Adam's at Adam's; the mean of the places in the tables of the tasks; the trainings that diverged; bytes of state a parameter; "
+           'the time of a whole batch, forward, backward and step, where that with Adam is 1.', '', compare_summary(result), '']
     for t,i in result['tasks'].items():
         out += [f"## {i['title'].capitalize()} (`{t}`)", '', f"{i['about'][0].upper()+i['about'][1:]}: {i['params'] or 0:,} parameters, {i['steps']} steps of {i['bs']} ({i['source']}). "
                 f"Loss of the untrained network: {i['untrained'] or math.nan:.3g}. " + (f"Target: {i['target']:.4g}." if i['target'] is not None else 'No target: Adam was not trained.'), '', compare_table(result, t), '']
@@ -781,7 +782,7 @@ def compare_report(
         out += ['## Divergences', '', '| task | optimizer | rate | seeds | what happened |', '|---|---|---|---|---|']
         same = {}
         for c,d in bad: same.setdefault((c['task'],c['optimizer'],c['lr'],d['status']), []).append(d)
-        for (t,o,lr,s),ds in same.items(): out.append(f"| {t} | {_title(result, o)} | {lr:g} | {', '.join(str(d['seed']) for d in ds)} | {ds[0]['reason']} |".replace('\n', ' '))
+        for (t,o,lr,s),ds in same.items(): out.append(f"| {t} | {_title(result, o)} | {lr:g} | {', '.join(str(d['seed']) for d in ds)} | {ds[0]['reason'].replace('|', '/')} |")
         out.append('')
     if result['skipped']: out += ['## Left out', '', *[f'* {n}: {why}' for n,why in result['skipped'].items()], '']
     return '\n'.join(out)
