@@ -528,7 +528,7 @@ def run_compare(
         if file: file.close()
     return [rows[job_key(j)] for j in jobs if job_key(j) in rows]
 
-# %% ../../nbs/tools/compare.ipynb #78f773ad
+# %% ../../nbs/tools/compare.ipynb #d2b742d9
 class _BatchTimer(Callback):
     "Seconds of each batch from the drawing of it on, and of the optimizer's step alone"
     order,run_valid = 95,False
@@ -558,7 +558,7 @@ def measure_times(
     who:dict, # From `contestants`
     task_names:list=None, # Names in `tasks`; `None`: all
     rounds:int=5, # Rounds that count
-    batches:int=6, # Batches of each optimizer in a round
+    batches:int=10, # Batches of each optimizer in a round
     progress:bool=True # Say which task it is at?
 )->dict: # Task to optimizer to `batch`, milliseconds, `step`, the optimizer's part of it, and `vs_adam`; or to `error`
     "How long a batch takes, in turns, with the recommended rate"
@@ -577,13 +577,13 @@ def measure_times(
                         c,timer = who[n],_BatchTimer()
                         if 'error' in res.get(n, {}): continue
                         try:
-                            if n not in runs: runs[n] = task_learner(t, c.opt_func(6*batches), 0, c.lr, per_epoch=tasks[t].bs*batches)
+                            if n not in runs: runs[n] = task_learner(t, c.opt_func((rounds+1)*batches), 0, c.lr, per_epoch=tasks[t].bs*batches)
                             learn = runs[n]
                             with learn.no_bar(), learn.no_logging(): learn.fit(1, c.lr, cbs=[timer, _NoValidation()])
                         except Exception as e: res[n] = dict(error=' '.join(f'{type(e).__name__}: {e}'.split())[:300]); continue
                         if r:
                             a,b = samples.setdefault(n, ([],[]))
-                            a += timer.batches; b += timer.steps
+                            a.append(np.mean(timer.batches)); b.append(np.mean(timer.steps))
             for n,(a,b) in samples.items():
                 if n not in res: res[n] = dict(batch=_quartiles(a), step=_quartiles(b))
             adam = res.get('adam', {}).get('batch', {}).get('median')
@@ -876,7 +876,7 @@ def save_compare(
         plt.close(fig)
     return files
 
-# %% ../../nbs/tools/compare.ipynb #86995073
+# %% ../../nbs/tools/compare.ipynb #11c4a72d
 def compare(
     out:str|Path='compare', # Folder of the results
     only:list=None, # Names of optimizers; `None`: all
@@ -909,7 +909,7 @@ def compare(
             need = [n for n,c in picked.items() if not c.skip and (times or 'batch' not in known.get(t, {}).get(n, {}))]
             if not need: continue
             names = dict.fromkeys(['adam', *need]) # ratios are within one measurement
-            known.setdefault(t, {}).update(measure_times({n:who[n] for n in names}, [t], 2 if quick else 5, 3 if quick else 6, progress)[t])
+            known.setdefault(t, {}).update(measure_times({n:who[n] for n in names}, [t], 1 if quick else 5, progress=progress)[t])
         timed.parent.mkdir(parents=True, exist_ok=True)
         timed.write_text(json.dumps(known))
     result = _summary()
