@@ -1,6 +1,6 @@
 """Everything: `from fastxtend_opt.all import *`, after fastai's, so that `Adam` and its like are this library's
 
-Written by hand; `tests/test_package.py` holds it against the modules. The commands (`tools.cli`, `tools.demo`) are not part of it."""
+Written by hand; `tests/test_package.py` holds it against the modules. The commands (`tools.cli`, `tools.compare`, `tools.demo`) are not part of it."""
 from .engine.ops import *
 from .engine.tape import *
 from .engine.cohort import *

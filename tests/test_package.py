@@ -6,7 +6,7 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 lib = root/'fastxtend_opt'
-commands = {'fastxtend_opt.tools.cli', 'fastxtend_opt.tools.demo'} # not part of `all`: they are run, not imported
+commands = {'fastxtend_opt.tools.cli', 'fastxtend_opt.tools.compare', 'fastxtend_opt.tools.demo'} # not part of `all`: they are run, not imported
 
 def settings():
     cfg = ConfigParser(delimiters=['='])
