@@ -116,7 +116,7 @@ class Storage:
         if not (kahan or rounding or (self.state_dtype is not None and dtype is not torch.float64)): return None
         return LowPrecision(kahan, rounding, self.state_dtype or dtype, self.seed)
 
-# %% ../../nbs/engine/07_optimizer.ipynb #f74ed847
+# %% ../../nbs/engine/07_optimizer.ipynb #359c866e
 _totals = dict(sum=torch.sum, max=torch.amax, min=torch.amin)
 
 class Between:
@@ -127,12 +127,12 @@ class Between:
         totals:dict|tuple=(), # Names of state of one value a parameter, which the pass before makes anew, and 'sum', 'max', 'min' or a function of a tensor of all values; a tuple of names: their sums
         **defaults # Numbers that `f` may return, with their values before the first step
     ):
-        self.f,self.defaults = f,defaults
+        self.f,self.func,self.defaults = f,getattr(f, 'func', f),defaults
         self.totals = dict(totals) if isinstance(totals, dict) else {k:'sum' for k in totals}
         for k,v in self.totals.items():
             if not callable(v) and v not in _totals: raise ValueError(f"Between: totals[{k!r}]={v!r} must be 'sum', 'max', 'min', or a function of a tensor with the values of all parameters.")
         if (both := self.totals.keys() & defaults.keys()): raise ValueError(f"Between: {', '.join(sorted(both))}: a total and a number of the whole model need two names.")
-        self.__name__ = getattr(getattr(f, 'func', f), '__name__', type(f).__name__)
+        self.__name__ = getattr(self.func, '__name__', type(f).__name__)
 
     def __call__(self, p, **kwargs):
         raise NotImplementedError(f"'{self.__name__}' stands between two passes over all parameters and can't run for one: it has to be an entry of `cbs` of an optimizer of this package (NativeOptimizer, or one of the modes). No wrapper of steppers can go round it.")
