@@ -162,7 +162,7 @@ class Between:
             return _totals.get(self.totals[k], self.totals[k])(v).to(dtype)
         return {**none, **dict(zip(got, torch.stack([total(k) for k in got]).tolist()))}
 
-# %% ../../nbs/engine/07_optimizer.ipynb #0f80e48f
+# %% ../../nbs/engine/07_optimizer.ipynb #db74b6da
 def _probe(cbs, hyper, sign):
     "Where three micro-batches whose gradients have this sign, and a whole step without a gradient, take a parameter"
     cbs = [cb.args[0] if getattr(getattr(cb, 'func', None), 'masks_step', False) else cb for cb in cbs] # a masked step never moves without a gradient
@@ -223,6 +223,15 @@ class StepOptimizer(Optimizer):
                 if isinstance(cb, Between) and k in cb.defaults: return self.hypers[0].get(k, cb.defaults[k])
         raise AttributeError(f"'{type(self).__name__}' object has no attribute '{k}'")
 
+    def _saved(self, sd):
+        "`sd` without the totals, which are made anew in each step"
+        names = {k for cb in self.cbs if isinstance(cb, Between) for k in cb.totals}
+        return sd if not names else {**sd, 'state': [{k:v for k,v in st.items() if k not in names} for st in sd['state']]}
+
+    def state_dict(self):
+        "State and hyper-parameters in fastai's layout"
+        return self._saved(super().state_dict())
+
     def clear_state(self):
         "Drop the state, but for what says how a parameter is trained; what is kept for the whole model begins anew"
         super().clear_state()
@@ -263,7 +272,7 @@ class StepOptimizer(Optimizer):
             raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so that what micro-batches bring would be lost (a step depends on the direction of its own gradient alone). "
                 "Use an optimizer with momentum (mom > 0), or accumulate gradients.")
 
-# %% ../../nbs/engine/07_optimizer.ipynb #744f470e
+# %% ../../nbs/engine/07_optimizer.ipynb #b33fde2b
 class TapeOptimizer(StepOptimizer):
     "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
     _sort = None # What cohorts are sorted by beside dtypes and state
@@ -405,7 +414,7 @@ class TapeOptimizer(StepOptimizer):
 
     def state_dict(self):
         "State and hyper-parameters in fastai's layout, as plain lists and dicts"
-        return {'state': [dict(self.state.get(p, {})) for pg in self.param_lists for p in pg], 'hypers': [dict(h) for h in self.hypers]}
+        return self._saved({'state': [dict(self.state.get(p, {})) for pg in self.param_lists for p in pg], 'hypers': [dict(h) for h in self.hypers]})
 
     def load_state_dict(self,
         sd:dict # As `state_dict` returns it, from any mode
