@@ -6,7 +6,7 @@
 __all__ = ['prodigy', 'largest_lr', 'prodigy_averages', 'prodigy_distance', 'prodigy_decay', 'prodigy_step', 'CheckProdigyLR',
            'Prodigy']
 
-# %% ../../nbs/algorithms/prodigy.ipynb #49027822
+# %% ../../nbs/algorithms/prodigy.ipynb #901bbe66
 import math, warnings
 from functools import partial
 import torch
@@ -14,7 +14,7 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
 from fastai.optimizer import Optimizer, l2_reg, weight_decay
 from ..engine.optimizer import Between
-from ..engine.registry import Within, hyper_ranges, decays_weights, make_optimizer, factory, options, register, valid_hyper
+from ..engine.registry import Within, hyper_ranges, as_groups, decays_weights, make_optimizer, factory, options, register, valid_hyper
 
 # %% ../../nbs/algorithms/prodigy.ipynb #74f22276
 def largest_lr(
@@ -132,7 +132,7 @@ hyper_ranges.update(d0=Within(0, open_lo=True, tip='It is where the size of the 
                     d_coef=Within(0, open_lo=True, tip='It multiplies the estimate, .5 to 2 as a rule.'),
                     growth_rate=Within(1, infinite=True, tip='It is the largest factor that the steps grow by at once: inf for no limit, or such as 1.02.'))
 
-# %% ../../nbs/algorithms/prodigy.ipynb #88175248
+# %% ../../nbs/algorithms/prodigy.ipynb #d75508e8
 @options
 def Prodigy(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -153,12 +153,15 @@ def Prodigy(
     "Prodigy; the present size of the steps is `opt.d`"
     if beta3 is not None: beta3 = valid_hyper('beta3', beta3)
     d0,d_coef,growth_rate = (valid_hyper(k, v) for k,v in dict(d0=d0, d_coef=d_coef, growth_rate=growth_rate).items())
+    groups = as_groups(params)
+    if kwargs.get('state_dtype') is None and any(p.dtype is torch.float16 for g in groups for p in g['params']):
+        warnings.warn("Prodigy with float16 parameters: float16 has no room for the squares of d*g, with d=1e-6, and the weights stay where they are. Give it state_dtype=torch.float32, or torch.bfloat16.", stacklevel=3)
     est,corr = dict(beta3=beta3, d0=d0),dict(use_bias_correction=use_bias_correction)
     decay = weight_decay if kwargs.get('decouple_lr') else partial(prodigy_decay, **corr)
     cbs = [Between(largest_lr, top_lr=1.), *([] if decouple_wd else [l2_reg]), partial(prodigy_averages, safeguard_warmup=safeguard_warmup, **est, **corr),
            Between(partial(prodigy_distance, d_coef=d_coef, growth_rate=growth_rate, **est), ('num','den'), d=d0, d_max=d0, d_num=0., d_old=d0),
            *([decay] if decouple_wd else []), partial(prodigy_step, **corr)]
-    opt = make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
+    opt = make_optimizer(groups, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
     opt.learner_cbs = (*getattr(opt, 'learner_cbs', ()), CheckProdigyLR)
     return opt
 
