@@ -725,6 +725,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'fastxtend_opt/engine/optimizer.py'),
                                                 'fastxtend_opt.engine.optimizer.TapeOptimizer.__repr__': ( 'engine/optimizer.html#tapeoptimizer.__repr__',
                                                                                                            'fastxtend_opt/engine/optimizer.py'),
+                                                'fastxtend_opt.engine.optimizer.TapeOptimizer._checked_cohorts': ( 'engine/optimizer.html#tapeoptimizer._checked_cohorts',
+                                                                                                                   'fastxtend_opt/engine/optimizer.py'),
                                                 'fastxtend_opt.engine.optimizer.TapeOptimizer._cohorts': ( 'engine/optimizer.html#tapeoptimizer._cohorts',
                                                                                                            'fastxtend_opt/engine/optimizer.py'),
                                                 'fastxtend_opt.engine.optimizer.TapeOptimizer._create': ( 'engine/optimizer.html#tapeoptimizer._create',

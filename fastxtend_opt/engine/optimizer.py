@@ -162,7 +162,7 @@ class Between:
             return _totals.get(self.totals[k], self.totals[k])(v).to(dtype)
         return {**none, **dict(zip(got, torch.stack([total(k) for k in got]).tolist()))}
 
-# %% ../../nbs/engine/07_optimizer.ipynb #db74b6da
+# %% ../../nbs/engine/07_optimizer.ipynb #5a7dbc3e
 def _probe(cbs, hyper, sign):
     "Where three micro-batches whose gradients have this sign, and a whole step without a gradient, take a parameter"
     cbs = [cb.args[0] if getattr(getattr(cb, 'func', None), 'masks_step', False) else cb for cb in cbs] # a masked step never moves without a gradient
@@ -201,9 +201,13 @@ class StepOptimizer(Optimizer):
 
     def _step_passes(self, extra):
         if all(p.grad is None for pg in self.param_lists for p in pg): return
-        passes = self._passes()
-        self._rehearse(passes, extra)
+        passes,held,ready = self._passes(),[dict(h) for h in self.hypers],False
         for cbs,after in passes:
+            if cbs and not ready:
+                try: self._rehearse(passes, extra); ready = True
+                except Exception:
+                    for h,old in zip(self.hypers, held): h.clear(); h.update(old)
+                    raise
             found = self._pass(cbs, after.totals if after else {}, extra) if cbs else {}
             if after is None: break
             new = after.numbers(found, self.hypers, extra)
@@ -272,12 +276,12 @@ class StepOptimizer(Optimizer):
             raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so that what micro-batches bring would be lost (a step depends on the direction of its own gradient alone). "
                 "Use an optimizer with momentum (mom > 0), or accumulate gradients.")
 
-# %% ../../nbs/engine/07_optimizer.ipynb #b33fde2b
+# %% ../../nbs/engine/07_optimizer.ipynb #67a6a63a
 class TapeOptimizer(StepOptimizer):
     "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
     _sort = None # What cohorts are sorted by beside dtypes and state
     storage = None # A `Storage`, or None: steppers work on the tensors as they are
-    _plan,_make_plan = None,_Plan
+    _plan,_make_plan,_checked = None,_Plan,False
     _traces = None # Traces to use again, by what they depend on
     def __init__(self,
         params, # Model parameters, a list of them, or a list of such lists (parameter groups)
@@ -310,8 +314,14 @@ class TapeOptimizer(StepOptimizer):
     def _trace(self, extra, hypers=None, cbs=None, anew=()):
         "A (cohort, tape, numbers after the step) triple a cohort"
         if hypers is None: hypers = self._hypers()
-        if cbs is not None: return [(c, *self._trace_pass(cbs, c, c.slots, c.numbers, {**hypers[c.group], **extra}, anew)) for c in self._cohorts()]
+        if cbs is not None: return [(c, *self._trace_pass(cbs, c, c.slots, c.numbers, {**hypers[c.group], **extra}, anew)) for c in self._checked_cohorts()]
         return [(c, *self._trace_one(c, {**hypers[c.group], **extra})) for c in self._cohorts()]
+
+    def _checked_cohorts(self):
+        "The cohorts; those that `_rehearse` has looked at are not looked at again by the first pass"
+        if not self._checked: return self._cohorts()
+        self._checked = False
+        return self._plan.cohorts
 
     def _trace_pass(self, cbs, c, slots, numbers, hyper, anew):
         return trace_steppers(cbs, slots, numbers, hyper, c.device, c.shape, self.storage and self.storage.low(c.slots[0].dtype), anew=anew)
@@ -337,7 +347,7 @@ class TapeOptimizer(StepOptimizer):
 
     def _rehearse(self, passes, extra):
         while True:
-            cohorts = self._cohorts()
+            cohorts,self._checked = self._cohorts(),True
             if self._plan.rehearsed: return
             try:
                 hypers,last,works = self._hypers(),[(c.slots, c.numbers) for c in cohorts],[]
@@ -350,7 +360,9 @@ class TapeOptimizer(StepOptimizer):
                     works.append(work); last = [(tape.slots, new) for _,tape,new in work]
                 break
             except NeedsShape as e: self._by_shape,self._plan = e.by,None
-        for work in works: self._prepare(work)
+        try:
+            for work in works: self._prepare(work)
+        finally: self._checked = False # compiling takes its time
         self._plan.rehearsed = True
 
     def _pass(self, cbs, totals, extra):
