@@ -13,7 +13,7 @@ import torch
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer
 from .ops import sround_bfloat16
-from .tape import LowPrecision, NeedsShape, UnsupportedError, collapse_axes, kind_of, trace_steppers
+from .tape import LowPrecision, NeedsShape, UnsupportedError, collapse_axes, kind_of, trace_steppers, widen_tape
 from .cohort import FLOAT_DTYPES, make_cohorts
 from .foreach import run_foreach
 from .torchscript import run_script, compile_script
@@ -733,7 +733,7 @@ class FusedOptimizer(TapeOptimizer):
             if form:
                 groups[(form[0].key, c.device) if len(work) > 1 else None].append((c, *form))
                 if plan.how[c] == 'copy': copies.append((tape, *plan.tables[c].copied_grads()))
-            else: run_foreach(tape, c.tensors(), c in plan.one_by_one)
+            else: run_foreach(widen_tape(tape), c.tensors(), c in plan.one_by_one)
         for pairs in groups.values():
             cohorts,tapes,axes = zip(*pairs)
             for c in cohorts: # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
