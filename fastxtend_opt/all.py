@@ -54,6 +54,7 @@ from .algorithms.came import *
 from .algorithms.adam_mini import *
 from .algorithms.mars import *
 from .algorithms.cautious import *
+from .algorithms.prodigy import *
 from .training.schedule import *
 from .training.decoupled_decay import *
 from .training.low_precision import *

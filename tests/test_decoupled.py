@@ -62,7 +62,7 @@ def test_modes_agree(name, mode, dtype):
         a,b = run(name, mode, **kw),run(name, **kw)
     assert_same(a, b, **TOL[kw['dtype']])
 
-@every
+@pytest.mark.parametrize('name', [n for n in NAMES if n!='prodigy']) # without the option its decay has the size of its steps in it
 def test_is_wd_over_max_lr(name):
     "The same as `wd/max_lr` without the option, whatever else the optimizer does with its decay"
     kw = dict(eps=0.) if name=='madgrad' else {} # its plain decay is by lr+eps
@@ -81,7 +81,7 @@ def test_it_decays(name):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('lr', [1e-6, 1e-3, .1, 3.])
-@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('adan','adopt')]) # Adan divides by 1+wd; ADOPT's first step only begins the average
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('adan','adopt','prodigy')]) # Adan divides by 1+wd; ADOPT's first step only begins the average; Prodigy takes no step before there is a gradient
 @pytest.mark.engine
 def test_peak_takes_wd_whatever_lr_is(name, lr, mode):
     "At the peak a step without a gradient leaves `1-wd`"

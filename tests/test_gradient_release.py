@@ -23,7 +23,7 @@ from fastxtend_opt.training import gradient_release as gr
 from fastxtend_opt.training.gradient_release import GradientRelease,keep_gradients,prepare_for_gradient_release,remove_gradient_release
 from helpers import *
 
-NAMES = [r.name for r in list_optimizers()]
+NAMES = [r.name for r in list_optimizers() if r.kind!='model'] # those need all gradients at once, and refuse
 
 class Net(nn.Module):
     "A convolution, normalization, a branch that not every batch takes, a weight that is used twice, a 0-dim and a big parameter"

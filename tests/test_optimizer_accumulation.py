@@ -19,7 +19,7 @@ from fastxtend_opt.training.gradient_release import GradientRelease,prepare_for_
 from fastxtend_opt.training.optimizer_accumulation import OptimizerAccumulation
 from helpers import *
 
-FREE = [r.name for r in list_optimizers() if r.name.endswith('schedulefree') or r.name in ('rprop','adagrad','adadelta','adafactor','grams','apollo')] # without an average of the gradient; its sign decides (Grams); its change is divided by a step that is not made (Apollo)
+FREE = [r.name for r in list_optimizers() if r.kind=='model' or r.name.endswith('schedulefree') or r.name in ('rprop','adagrad','adadelta','adafactor','grams','apollo')] # without an average of the gradient; its sign decides (Grams); its change is divided by a step that is not made (Apollo)
 NAMES = [r.name for r in list_optimizers() if r.name not in FREE]
 KW = {k:dict(mom=.9) for k in ('sgd','rmsprop','larc','sgdp')}
 

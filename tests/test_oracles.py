@@ -113,17 +113,20 @@ def run_fastai(opt_func, params, group, gs, no_decay=NO_DECAY):
 
 def run_reference(name, hypers, params, group, gs, no_decay=NO_DECAY):
     thetas = [p.detach().numpy().copy() for p in params]
-    lams = [0. if j==no_decay else hypers.get('wd', 0.) for j in range(len(params))]
+    lams,look = [0. if j==no_decay else hypers.get('wd', 0.) for j in range(len(params))],None
     if name=='ranger':
         h = hypers
         look = R.Ranger(thetas, h['mom'], h['sqr_mom'], h['eps'], lams, h['k'], h['alpha'], h['beta'], h['decouple_wd'])
+        objs = look.inner
+    elif getattr(ORACLES.get(name), 'WHOLE_MODEL', False):
+        look = REFS[name][0](thetas, hypers, lams)
         objs = look.inner
     else:
         objs = [REFS[name][0](t, hypers, lam) for t,lam in zip(thetas, lams)]
     res = []
     for i,g in enumerate(gs):
         lr = [lrs_at(i)[k] for k in group]
-        if name=='ranger': look.step(g, lr)
+        if look is not None: look.step(g, lr)
         else:
             for o,x,l in zip(objs, g, lr):
                 if x is not None: o.step(x, l)
@@ -255,6 +258,7 @@ def test_native_against_peer(source, name, peer, h, decay):
     h = hypers_of(name, h, decay)
     late = getattr(peer, 'late', not peer.__name__.startswith(('optimi','po_adan','po_lion','po_stable'))) # they count a group's steps, without gradients too
     params,group,gs = problem(late=late)
+    if getattr(peer, 'same_lr', False): group = [1]*len(group)
     theirs_,mine = copy_params(params),copy_params(params)
     ref = run_torch(peer(h), theirs_, group, gs, h.get('wd', 0.))
     got,_ = run_fastai((theirs if source=='fastai' else ours)(name, **h), mine, group, gs)

@@ -102,7 +102,7 @@ def test_signature_order(row):
     common = [p for p in ps[3 if row.name in FREE else 0:] if p in ('mom','sqr_mom','eps','wd','beta','decouple_wd')]
     assert common==sorted(common, key=['mom','sqr_mom','eps','wd','beta','decouple_wd'].index)
     sig = inspect.signature(row.func).parameters
-    assert all(sig[m].default is False for m in FLAGS) and (row.name in FREE or sig['lr'].default is inspect.Parameter.empty) # schedule-free learning rates are unlike others, so that they have defaults
+    assert all(sig[m].default is False for m in FLAGS) and (row.name in FREE or row.kind=='model' or sig['lr'].default is inspect.Parameter.empty) # schedule-free learning rates, and Prodigy's, are unlike others, so that they have defaults
 
 @every
 def test_every_parameter_has_a_docment(row):

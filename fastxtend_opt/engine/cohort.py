@@ -11,14 +11,14 @@ from .tape import TapeSlot, axes_of, kind_of
 # %% auto #0
 __all__ = ['FLOAT_DTYPES', 'Cohort', 'check_tensors', 'check_state', 'make_cohorts']
 
-# %% ../../nbs/engine/02_cohort.ipynb #676caaff
+# %% ../../nbs/engine/02_cohort.ipynb #20385af3
 FLOAT_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} # dtypes a step can work on
 
 _grad,_dtype,_device,_layout = map(attrgetter, ('grad','dtype','device','layout'))
 
 class Cohort:
     "Parameters of one group that one tape serves"
-    __slots__ = 'group params states slots numbers device shape shapes kept'.split()
+    __slots__ = 'group params states slots numbers device shape shapes kept whole'.split()
     def __init__(self,
         group:int, # Index of the parameter group
         slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
@@ -29,6 +29,7 @@ class Cohort:
         self.group,self.slots,self.numbers,self.device,self.shape = group,slots,numbers,device,shape
         self.shapes = None
         self.params,self.states,self.kept = [],[],None
+        self.whole = {} # Name of state of one value a parameter -> a tensor whose elements they are
 
     def tensors(self):
         "A list of tensors a slot, in the order of `slots`"

@@ -8,7 +8,7 @@ __all__ = ['hyper_ranges', 'HIGH_WD', 'MODES', 'OPTIONS', 'CATEGORIES', 'KINDS',
            'make_optimizer', 'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer', 'factory',
            'take_steps', 'mode_differences']
 
-# %% ../../nbs/engine/08_registry.ipynb #e5b1cb46
+# %% ../../nbs/engine/08_registry.ipynb #dab64710
 import importlib, inspect, math, pkgutil, re, warnings
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from fastcore.all import L, delegates, is_listy, is_iter, merge, even_mults
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, pytorch_hp_map, weight_decay, l2_reg
-from .optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, Storage
+from .optimizer import Between, ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, Storage
 
-# %% ../../nbs/engine/08_registry.ipynb #7f350466
+# %% ../../nbs/engine/08_registry.ipynb #74cb1ed0
 @dataclass(frozen=True)
 class Within:
     "The finite numbers between `lo` and `hi`"
@@ -30,16 +30,17 @@ class Within:
     open_lo:bool=False # `lo` itself is excluded?
     open_hi:bool=False # `hi` itself is excluded?
     whole:bool=False # Whole numbers only?
+    infinite:bool=False # Infinity too?
     tip:str='' # What to do about a value outside
 
     def __contains__(self, v):
-        if not math.isfinite(v) or (self.whole and v!=int(v)): return False
+        if not (math.isfinite(v) or (self.infinite and v==math.inf)) or (self.whole and v!=int(v)): return False
         return (v>self.lo if self.open_lo else v>=self.lo) and (v<self.hi if self.open_hi else v<=self.hi)
 
     def __str__(self):
         kind = 'a whole number' if self.whole else 'a finite number'
         if math.isinf(self.lo) and math.isinf(self.hi): return kind
-        if math.isinf(self.hi): return f"{kind} {'>' if self.open_lo else '>='} {self.lo:g}"
+        if math.isinf(self.hi): return f"{kind} {'>' if self.open_lo else '>='} {self.lo:g}{', or inf' if self.infinite else ''}"
         return f"{kind} in {'[('[self.open_lo]}{self.lo:g}, {self.hi:g}{'])'[self.open_hi]}"
 
 # %% ../../nbs/engine/08_registry.ipynb #66c7deab
@@ -206,7 +207,7 @@ def cautious_step(
 
 cautious_step.masks_step = True # said to the engine, which looks at the stepper inside
 
-# %% ../../nbs/engine/08_registry.ipynb #7c88aed7
+# %% ../../nbs/engine/08_registry.ipynb #a9b036d0
 def _copied(state): return {k:v.clone() if isinstance(v, Tensor) else v for k,v in state.items()}
 
 def _try_steppers(cbs, hyper):
@@ -216,6 +217,7 @@ def _try_steppers(cbs, hyper):
     for t in range(8): # some do not move at their first steps
         p.grad = (t+1)*torch.linspace(1, 2, 8, dtype=torch.float64).view_as(p)
         for i,cb in enumerate(cbs):
+            if isinstance(cb, Between): continue
             old,grad,start = p.detach().clone(),p.grad.clone(),_copied(state)
             new = cb(p, **{**state, **hyper})
             if isinstance(new, dict): state = {**state, **new}

@@ -393,7 +393,7 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     return f(*args, **{k:v for k,v in (kwargs or {}).items() if k not in ('inplace','out') or v})
 TapeTensor.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/engine/01_tape.ipynb #cca03d74
+# %% ../../nbs/engine/01_tape.ipynb #5e67447d
 def trace_steppers(
     cbs, # Steppers
     slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
@@ -402,7 +402,8 @@ def trace_steppers(
     device:torch.device=torch.device('cpu'), # Device of the parameters
     shape:torch.Size|str|None=None, # Their shape, or `axes_of` it, where it matters to a stepper
     low:LowPrecision|None=None, # How parameters and state are kept, if the step is to be taken in float32 whatever their dtype
-    accumulate:bool=False # Leave out the steppers that change the parameter?
+    accumulate:bool=False, # Leave out the steppers that change the parameter?
+    anew:tuple=() # Names of state that the steppers don't see, because they make it anew in each step
 ) -> tuple[Tape, dict]: # The tape, and the state entries that are not tensors as they are after the step
     "Run `cbs` once on a stand-in and write down what they do"
     had = {s.name for s in slots}
@@ -413,7 +414,7 @@ def trace_steppers(
     if low: _widen(tape, loads, low)
     p,grad,*tensors = loads
     p._grad = grad
-    state = {**state, **{s.name:t for s,t in zip(tape.slots[2:], tensors) if s.name != 'kahan_comp'}}
+    state = {**state, **{s.name:t for s,t in zip(tape.slots[2:], tensors) if s.name != 'kahan_comp' and s.name not in anew}}
     start = [t.ref for t in loads]
     with torch._C._EnableTorchFunction(): # off in hooks of the backward pass of fastai's losses
         for i,cb in enumerate(cbs):
