@@ -200,7 +200,7 @@ recommended = dict(
     sgd=(None, dict(mom=.9), ''),
     sgd_schedulefree=(None, _warmup(warmup_steps=.05), 'the default of its package; warm-up of 5%: 2405.15682'),
     sgdp=(None, dict(mom=.9, nesterov=True), ''),
-    shampoo=(1e-3, dict(eps=1e-6), "the default of pytorch_optimizer; the paper tunes it"),
+    shampoo=(.03, {}, "near Muon's, whose step has singular values near 1, as Shampoo's first one; the paper tunes it"),
     soap=(3e-3, {}, "2409.11321"),
     sophia=(8e-4, {}, "3 to 5 times that of Lion, a little below that of Adam: the authors' README"),
     stableadam=(1e-3, {}, f"{_adam}; the default of pytorch_optimizer"),
