@@ -54,11 +54,13 @@ from .algorithms.came import *
 from .algorithms.adam_mini import *
 from .algorithms.mars import *
 from .algorithms.cautious import *
+from .algorithms.adahessian import *
 from .training.schedule import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
 from .training.gradient_release import *
 from .training.optimizer_accumulation import *
+from .training.extra_pass import *
 from .tools.plots import *
 from .tools.benchmark import *
 from .tools.catalogue import *
