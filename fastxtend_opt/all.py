@@ -55,6 +55,8 @@ from .algorithms.adam_mini import *
 from .algorithms.mars import *
 from .algorithms.cautious import *
 from .algorithms.adahessian import *
+from .algorithms.sam import *
+from .algorithms.svrg import *
 from .training.schedule import *
 from .training.decoupled_decay import *
 from .training.low_precision import *

@@ -148,7 +148,7 @@ def _keep(opt, p, h):
         state['hess'] = torch.empty_like(p, dtype=low.state if low else p.dtype, requires_grad=False)
     state['hess'].copy_(h)
 
-# %% ../../nbs/algorithms/adahessian.ipynb #196db4c9
+# %% ../../nbs/algorithms/adahessian.ipynb #2bf9f358
 class AdaHessianPass(ExtraPass):
     "Makes the estimates of AdaHessian; comes by itself"
     def before_fit(self):
@@ -175,5 +175,3 @@ class AdaHessianPass(ExtraPass):
 
     def before_step(self):
         if self._on() and any(p.grad is not None and p.grad.requires_grad for pg in self.learn.opt.param_lists for p in pg): estimate_hessian(self.learn.opt)
-
-adahessian = factory(AdaHessian)
