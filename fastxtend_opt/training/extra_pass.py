@@ -16,7 +16,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNative
 from fastai.optimizer import Optimizer
 from .optimizer_accumulation import OptimizerAccumulation
 
-# %% ../../nbs/training/extra_pass.ipynb #f3b1d021
+# %% ../../nbs/training/extra_pass.ipynb #1d5b125a
 def model_devices(
     model:nn.Module # Its parameters say it
 )->list: # Devices other than the CPU
@@ -31,6 +31,15 @@ class RandomState:
         self.cpu = torch.get_rng_state()
         self.others = [(d, torch.get_device_module(d).get_rng_state(*self._at(d))) for d in devices]
     def _at(self, d): return () if d.type=='mps' else (d,)
+    def reseed(self):
+        "Go on with other numbers than those that follow now, which depend on them alone"
+        seed = int(torch.randint(2**62, ()))
+        torch.default_generator.manual_seed(seed)
+        for d,_ in self.others:
+            gpu = torch.get_device_module(d)
+            if d.type=='mps': gpu.manual_seed(seed)
+            else:
+                with gpu.device(d): gpu.manual_seed(seed)
     def restore(self):
         "Put the generators back to it"
         torch.set_rng_state(self.cpu)
