@@ -475,6 +475,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                 'fastxtend_opt/algorithms/sophia.py'),
                                                  'fastxtend_opt.algorithms.sophia.SophiaEstimate.before_step': ( 'algorithms/sophia.html#sophiaestimate.before_step',
                                                                                                                  'fastxtend_opt/algorithms/sophia.py'),
+                                                 'fastxtend_opt.algorithms.sophia._estimator': ( 'algorithms/sophia.html#_estimator',
+                                                                                                 'fastxtend_opt/algorithms/sophia.py'),
                                                  'fastxtend_opt.algorithms.sophia._sampler': ( 'algorithms/sophia.html#_sampler',
                                                                                                'fastxtend_opt/algorithms/sophia.py'),
                                                  'fastxtend_opt.algorithms.sophia.average_hessian': ( 'algorithms/sophia.html#average_hessian',

@@ -52,7 +52,14 @@ def average_hessian(
     hessian.mul_(hess_mom).addcmul_(p.grad.data, p.grad.data, value=(1-hess_mom)*bs)
     return {'hessian': hessian}
 
-# %% ../../nbs/algorithms/sophia.ipynb #a6ae6536
+# %% ../../nbs/algorithms/sophia.ipynb #201c9b06
+def _estimator(cb):
+    "`average_hessian` in the wrappers that `sophia_step` has, such as one for some of the parameters; None if `cb` is another stepper"
+    if isinstance(cb, partial) and cb.args and callable(cb.args[0]):
+        f = _estimator(cb.args[0])
+        return f if f is None or getattr(cb.func, 'masks_step', False) else partial(cb.func, f, *cb.args[1:], **cb.keywords)
+    return average_hessian if (cb.func if isinstance(cb, partial) else cb) is sophia_step else None
+
 def update_hessian(
     opt:Optimizer, # What `Sophia` made
     bs:int # Number of samples (for a language model: tokens) over which the loss of the sampled labels was averaged (B)
@@ -63,10 +70,10 @@ def update_hessian(
     if not isinstance(inner, (NativeOptimizer, TapeOptimizer)) or not all('hess_mom' in h for h in opt.hypers): raise ValueError(f"update_hessian: this {type(opt).__name__} has no 'hess_mom'. Pass an optimizer made by Sophia.")
     if not len(opt.all_params(with_grad=True)): raise ValueError("update_hessian: no parameter has a gradient. Call backward on the loss of sampled labels before it.")
     only = copy(inner)
-    only.cbs,only.optimizer_accumulation = L(average_hessian),False
+    only.cbs,only.optimizer_accumulation = L(o for o in map(_estimator, inner.cbs) if o is not None) or L(average_hessian),False
     only.step(bs=bs)
 
-# %% ../../nbs/algorithms/sophia.ipynb #b42fe95c
+# %% ../../nbs/algorithms/sophia.ipynb #3954f5c5
 def sampled_cross_entropy(
     pred, # Logits
     *yb, # Targets; only where they are `ignore_index` matters
@@ -105,7 +112,7 @@ class SophiaEstimate(ExtraPass):
         sampler=None # Function of predictions and targets: a loss of targets drawn from the predictions, and the number of them that it is the mean of; `None`: `sampled_cross_entropy` or `sampled_binary_cross_entropy`, by the Learner's loss
     ):
         super().__init__()
-        self.every,self.sampler = valid_hyper('k', k),sampler
+        self.every,self.sampler,self._others = valid_hyper('k', k),sampler,set()
 
     def _on(self): return isinstance(self.learn.opt, Optimizer) and all('hess_mom' in h for h in self.learn.opt.hypers)
     def before_fit(self):
@@ -123,8 +130,8 @@ class SophiaEstimate(ExtraPass):
         if not self._on(): return
         inner = innermost(self.learn.opt)
         age,state = inner.hypers[0].get('hess_age'),inner.state # saved with the optimizer
-        missing = any(p.grad is not None and 'hessian' not in state.get(p, {}) for pg in inner.param_lists for p in pg)
-        if (age is None or age>=self.every or missing) and self._estimate(): age = 0
+        def _missing(): return {id(p) for pg in inner.param_lists for p in pg if p.grad is not None and 'hessian' not in state.get(p, {})}
+        if (age is None or age>=self.every or _missing()-self._others) and self._estimate(): age,self._others = 0,_missing() # other algorithms' parameters stay without
         for h in inner.hypers: h['hess_age'] = (self.every if age is None else age) + 1
 
     def _estimate(self):
