@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SAM', 'sam', 'SAMPass']
 
-# %% ../../nbs/algorithms/sam.ipynb #ca899a13
+# %% ../../nbs/algorithms/sam.ipynb #c51cb102
 from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from fastai.optimizer import Optimizer
 from ..engine.registry import Within, group_values, hyper_ranges
-from ..training.extra_pass import ExtraPass, SecondGradient, add_grads, wrappers
+from ..training.extra_pass import ExtraPass, SecondGradient, add_grads, opt_layers
 
 # %% ../../nbs/algorithms/sam.ipynb #faeef61a
 def _norm(ts):
@@ -126,11 +126,11 @@ def sam(
 
 def _sam(opt_func, rho, adaptive, params, **hypers): return SAM(opt_func(params, **hypers), rho, adaptive)
 
-# %% ../../nbs/algorithms/sam.ipynb #5f9ad19e
+# %% ../../nbs/algorithms/sam.ipynb #0f0a0d4a
 class SAMPass(ExtraPass):
     "Makes the second pass of SAM for each batch; comes by itself"
     _kept,_cancelled,_no_sync = None,False,None
-    def _sam(self): return next((o for o in wrappers(self.learn.opt) if isinstance(o, SAM)), None)
+    def _sam(self): return next((o for o in opt_layers(self.learn.opt) if isinstance(o, SAM)), None)
 
     def before_fit(self):
         if self._sam() is not None and not self.learn.lock.locked(): self._learner_check('SAM')

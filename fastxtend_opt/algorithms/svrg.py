@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SVRG', 'svrg', 'SVRGPass']
 
-# %% ../../nbs/algorithms/svrg.ipynb #73052816
+# %% ../../nbs/algorithms/svrg.ipynb #572c5693
 import random
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +19,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Optimizer
 from fastai.torch_core import find_bs
 from ..engine.registry import Within, hyper_ranges, valid_hyper
-from ..training.extra_pass import ExtraPass, SecondGradient, frozen_stats, grads_aside, wrappers
+from ..training.extra_pass import ExtraPass, SecondGradient, frozen_stats, grads_aside, opt_layers
 from ..training.gradient_release import GradientRelease
 from ..training.low_precision import LowPrecisionInput
 
@@ -139,7 +139,7 @@ def svrg(
 
 def _svrg(opt_func, coef, params, **hypers): return SVRG(opt_func(params, **hypers), coef)
 
-# %% ../../nbs/algorithms/svrg.ipynb #503df813
+# %% ../../nbs/algorithms/svrg.ipynb #39d60e74
 @contextmanager
 def _random_aside():
     "Python's and numpy's random numbers after the block are those of before it; augmentation draws them"
@@ -155,7 +155,7 @@ class SVRGPass(ExtraPass):
         super().__init__()
         self._every,self._seen = None if k is None else valid_hyper('k', k),0
 
-    def _svrg(self): return next((o for o in wrappers(self.learn.opt) if isinstance(o, SVRG)), None)
+    def _svrg(self): return next((o for o in opt_layers(self.learn.opt) if isinstance(o, SVRG)), None)
 
     def before_fit(self):
         if self._svrg() is None or self.learn.lock.locked(): return
