@@ -55,11 +55,15 @@ from .algorithms.adam_mini import *
 from .algorithms.mars import *
 from .algorithms.cautious import *
 from .algorithms.prodigy import *
+from .algorithms.adahessian import *
+from .algorithms.sam import *
+from .algorithms.svrg import *
 from .training.schedule import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
 from .training.gradient_release import *
 from .training.optimizer_accumulation import *
+from .training.extra_pass import *
 from .tools.plots import *
 from .tools.benchmark import *
 from .tools.catalogue import *

@@ -21,6 +21,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = 
 
 import pytest,torch
 from fastxtend_opt.engine import fused
+from fastxtend_opt.engine.optimizer import dry_run
 from helpers import CORE,backend_of
 torch.set_num_threads(1)
 fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
@@ -45,6 +46,11 @@ def triton_backend(request):
     "A test of mode 'triton' makes its fused optimizers with Triton"
     params = getattr(getattr(request.node, 'callspec', None), 'params', {})
     with backend_of('triton') if any(isinstance(v, str) and v == 'triton' for v in params.values()) else nullcontext(): yield
+
+@pytest.fixture(autouse=True)
+def without_a_training_loop(request):
+    "Shared tests give an optimizer gradients and nothing else: steppers that need more (AdaHessian's) take these. The module of such an algorithm says `TRAINS = True`"
+    with nullcontext() if getattr(request.module, 'TRAINS', False) else dry_run(): yield
 
 @pytest.fixture
 def threads():

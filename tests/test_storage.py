@@ -120,7 +120,7 @@ def off(run, ref):
 
 def decaying(row): return dict(wd=list(WDS)) if 'wd' in get_optimizer(row).hypers else {}
 CASES = {**{o.name: (o.name, dict(rprop=dict(step_max=1e-4), adabound=dict(final_lr=1e-4)).get(o.name, {})) for o in list_optimizers()}, 'sgd_mom': ('sgd', dict(mom=.9))}
-LIMITS = dict(qhadam=.015, adamw_schedulefree=.01, radam_schedulefree=.01, # averages of .999 in bfloat16; with float32 state all are within .005
+LIMITS = dict(qhadam=.015, adamw_schedulefree=.01, radam_schedulefree=.01, adahessian=.01, # averages of .999 in bfloat16; with float32 state all are within .005
     adagrad=.015, adadelta=.015, adamax=.01, nadam=.01, qhm=.015, diffgrad=.01, grams=.01, ademamix=.015, yogi=.01, adabound=.01, adamod=.02, swats=.01, adamp=.01, came=.01,
     cadamw=.025, clion=.02) # the last bits decide of a mask, near the end of the way
 SEEN = dict(cadamw=.03, qhm=.025, adagrad=.025, diffgrad=.035, adamod=.03, ranger=.025, sgd_schedulefree=.025, adamw_schedulefree=.025, radam_schedulefree=.035) # a shorter way

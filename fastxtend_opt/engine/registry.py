@@ -8,7 +8,7 @@ __all__ = ['hyper_ranges', 'HIGH_WD', 'MODES', 'OPTIONS', 'CATEGORIES', 'KINDS',
            'make_optimizer', 'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer', 'factory',
            'take_steps', 'mode_differences']
 
-# %% ../../nbs/engine/08_registry.ipynb #dab64710
+# %% ../../nbs/engine/08_registry.ipynb #7c092647
 import importlib, inspect, math, pkgutil, re, warnings
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastcore.all import L, delegates, is_listy, is_iter, merge, even_mults
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, pytorch_hp_map, weight_decay, l2_reg
-from .optimizer import Between, ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, Storage
+from .optimizer import Between, ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, Storage, dry_run
 
 # %% ../../nbs/engine/08_registry.ipynb #74cb1ed0
 @dataclass(frozen=True)
@@ -231,11 +231,11 @@ def _try_steppers(cbs, hyper):
             p.grad = grad_after
     return moving,decaying
 
-# %% ../../nbs/engine/08_registry.ipynb #41a2b9a9
+# %% ../../nbs/engine/08_registry.ipynb #f35440a3
 def _cautious(cbs, hyper):
     "`cbs`, with those that step run by `cautious_step`"
     try:
-        with torch.no_grad(), torch.random.fork_rng([]): moving,decaying = _try_steppers(cbs, hyper)
+        with torch.no_grad(), torch.random.fork_rng([]), dry_run(): moving,decaying = _try_steppers(cbs, hyper)
     except Exception as e: raise ValueError(f"cautious=True: the steppers were tried on a small tensor to find those that change the parameter, and failed there: {e}") from e
     def _names(places): return ', '.join(getattr(f, '__name__', type(f).__name__) for f in (_unwrap(cbs[i]) for i in sorted(places)))
     if decaying: raise ValueError(f"cautious=True: {_names(decaying)} decays the weights and steps in one, and a decay must not be masked. Leave out cautious=True, or use an optimizer whose decay is a stepper of its own.")
@@ -364,7 +364,7 @@ CATEGORIES = dict(
     current='adaptive learning rate, current gradient')
 KINDS = ('elementwise','reduction','matrix','model')
 
-# %% ../../nbs/engine/08_registry.ipynb #d58dba5c
+# %% ../../nbs/engine/08_registry.ipynb #26a45bce
 @dataclass(repr=False)
 class OptimizerInfo:
     "What the project knows of one optimizer"
@@ -407,7 +407,7 @@ class OptimizerInfo:
         p = nn.Parameter(torch.ones(shape, dtype=dtype))
         opt = self.func([p], lr=1e-3, **kwargs)
         p.grad = torch.ones_like(p)
-        opt.step()
+        with dry_run(): opt.step()
         kept = {v.data_ptr():v.numel()*v.element_size() for v in opt.state[p].values() if isinstance(v, Tensor)}
         return sum(kept.values())/p.numel()
 
@@ -522,7 +522,7 @@ def take_steps(
         opt.step()
     return p.detach().numpy()
 
-# %% ../../nbs/engine/08_registry.ipynb #a7c8ee87
+# %% ../../nbs/engine/08_registry.ipynb #1dc1b646
 def mode_differences(
     func, # A capitalised function, such as `Adam`, or an `opt_func` that takes the mode flags
     modes:tuple=MODES[1:], # Modes to hold against native
@@ -539,7 +539,7 @@ def mode_differences(
         for p in ps[1::3]: opt.state[p]['do_wd'] = False
         for _ in range(steps):
             for p in ps: p.grad = torch.randn(p.shape, generator=gen, dtype=torch.float64).to(dtype)
-            opt.step()
+            with dry_run(): opt.step()
         return [p.detach() for p in ps]
     ref = _run()
     def _diff(mode): return max(((a-b).abs()/b.abs().clamp(min=1e-3)).max().item() for a,b in zip(_run(**{mode:True}), ref))

@@ -181,13 +181,14 @@ def _reduce_and_step(state, bucket):
 
 def _distributed(): return dist.is_available() and dist.is_initialized()
 
-# %% ../../nbs/training/gradient_release.ipynb #8037f056
+# %% ../../nbs/training/gradient_release.ipynb #b1298d19
 def prepare_for_gradient_release(
     model:nn.Module, # Model to train; with several processes, `DistributedDataParallel` may be round it already or come later
     opt:Optimizer # Its optimizer, of any algorithm and mode of this package
 ):
     "From now on, step each parameter of `model` in the backward pass, as soon as its gradient is complete, and free the gradient"
     inner = opt.opt if isinstance(opt, Lookahead) else opt
+    if getattr(opt, 'second_gradient', False): raise ValueError("gradient release: SAM and SVRG need the gradients of the whole model before a step, and a second pass. Keep the gradients.")
     if not isinstance(inner, (TapeOptimizer, NativeOptimizer)):
         raise TypeError(f"gradient release: the optimizer is a {type(inner).__name__}, and one of this package is needed (in any mode: adam(), adam(fused=True), ...).")
     if getattr(inner, 'amp_scaling', False): raise ValueError("gradient release: opt.amp_scaling is on, and an overflow is known only after the last gradient. Switch it off.")
