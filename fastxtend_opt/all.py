@@ -3,6 +3,7 @@
 Written by hand; `tests/test_package.py` holds it against the modules. The commands (`tools.cli`, `tools.demo`) are not part of it."""
 from .engine.ops import *
 from .engine.tape import *
+from .engine.opaque import *
 from .engine.cohort import *
 from .engine.foreach import *
 from .engine.torchscript import *
