@@ -12,6 +12,7 @@ from .engine.phases import *
 from .engine.cpp import *
 from .engine.triton import *
 from .engine.fused import *
+from .engine.rules import *
 from .engine.optimizer import *
 from .engine.registry import *
 from .algorithms.sgd import *

@@ -279,7 +279,7 @@ def refused():
     yield 'non-leaf', [a*2], ValueError, 'never gets a gradient'
     yield 'module', m, TypeError, 'model.parameters()'
     yield 'modules', [m], TypeError, 'model.parameters()'
-    yield 'named', m.named_parameters(), TypeError, 'Leave the names out'
+    yield 'half named', [*m.named_parameters()][:1] + [*m.parameters()][1:], TypeError, 'Pass pairs (name, parameter)'
     yield 'number', [1.], TypeError, 'is a float, not a parameter'
     yield 'none', [None], TypeError, 'is a NoneType'
 REFUSED = [(i,t,w) for i,_,t,w in refused()]

@@ -53,7 +53,9 @@ def opaque_shape(
     return torch.Size(map(int, kind[1:].split('x')))
 
 # %% ../../nbs/engine/01_tape.ipynb #04d01a3c
-def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
+def _name(cb):
+    if isinstance(cb, partial): return _name(cb.args[0] if getattr(cb.func, 'wraps_stepper', False) else cb.func)
+    return getattr(cb, '__name__', None) or type(cb).__name__
 
 class Tape:
     "What a list of steppers does to one parameter: entries, the numbers they use, and what is stored at the end"

@@ -20,6 +20,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNative
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Optimizer
 from ..engine.optimizer import NativeOptimizer, TapeOptimizer, shared_params
+from ..engine.rules import inner_stepper
 from ..algorithms.lookahead import Lookahead
 
 # %% ../../nbs/training/gradient_release.ipynb #c4164a77
@@ -192,7 +193,7 @@ def prepare_for_gradient_release(
         raise TypeError(f"gradient release: the optimizer is a {type(inner).__name__}, and one of this package is needed (in any mode: adam(), adam(fused=True), ...).")
     if getattr(inner, 'amp_scaling', False): raise ValueError("gradient release: opt.amp_scaling is on, and an overflow is known only after the last gradient. Switch it off.")
     for cb in inner.cbs:
-        if getattr(cb, 'whole_model', False): raise ValueError(f"gradient release: stepper '{getattr(cb, '__name__', cb)}' needs the gradients of all parameters at once.")
+        if getattr(cb, 'whole_model', False) or getattr(inner_stepper(cb), 'whole_model', False): raise ValueError(f"gradient release: stepper '{getattr(cb, '__name__', cb)}' needs the gradients of all parameters at once.")
     params = [p for pg in inner.param_lists for p in pg]
     if shared_params(params): raise ValueError("gradient release: two parameters share memory, and one would be stepped while the other is still in use. Tie them by using one Parameter twice.")
     if not {id(p) for p in params} & {id(p) for p in model.parameters()}: raise ValueError("gradient release: no parameter of the model is in the optimizer.")
