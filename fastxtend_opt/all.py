@@ -56,6 +56,8 @@ from .algorithms.came import *
 from .algorithms.adam_mini import *
 from .algorithms.mars import *
 from .algorithms.cautious import *
+from .algorithms.shampoo import *
+from .algorithms.soap import *
 from .training.schedule import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
