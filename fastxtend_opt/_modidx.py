@@ -1005,6 +1005,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'fastxtend_opt/engine/registry.py'),
                                                'fastxtend_opt.engine.registry.cautious_step': ( 'engine/registry.html#cautious_step',
                                                                                                 'fastxtend_opt/engine/registry.py'),
+                                               'fastxtend_opt.engine.registry.check_mode': ( 'engine/registry.html#check_mode',
+                                                                                             'fastxtend_opt/engine/registry.py'),
                                                'fastxtend_opt.engine.registry.decays_weights': ( 'engine/registry.html#decays_weights',
                                                                                                  'fastxtend_opt/engine/registry.py'),
                                                'fastxtend_opt.engine.registry.factory': ( 'engine/registry.html#factory',

@@ -247,7 +247,7 @@ hyper_ranges.update(
     precondition_frequency=Within(1, whole=True, tip='It is the number of steps from one decomposition to the next: 1 for each step, 10 is usual for SOAP.'),
     max_precond_dim=Within(0, whole=True, tip='It is the length of the longest axis that has a matrix, 0 for none.'))
 
-# %% ../../nbs/algorithms/shampoo.ipynb #ec31877e
+# %% ../../nbs/algorithms/shampoo.ipynb #c0b74fe3
 @options
 def Shampoo(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -256,14 +256,14 @@ def Shampoo(
     eps:float=1e-4, # What the matrices start with, times the unit matrix (ϵ)
     precondition_frequency:int=1, # Steps from one computation of the roots to the next
     max_precond_dim:int=4096, # Longest axis that has a matrix; longer ones have its diagonal
-    diagonal=None, # Parameters of which all axes have diagonals: a pattern such as 'Embedding|*head*', see `matches`; `None`: none
+    aux=None, # Which parameters have diagonals for all axes: text such as `'*emb*|*head*'`, a class of module, a function of a `ParamInfo`, a tuple of these; `None`: none
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Shampoo"
     groups = as_groups(params)
-    if diagonal is not None: check_pattern(diagonal)
+    if aux is not None: check_pattern(aux)
     cbs = [decay_stepper(decouple_wd), step_stat, shampoo_sums] + ([sum_updates, update_sum_step] if in_use('mom', mom, groups) else [shampoo_step])
     opt = make_optimizer(groups, cbs, lr=lr, mom=mom, eps=eps, precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, wd=wd, **kwargs)
     infos = param_infos(groups)
@@ -271,7 +271,7 @@ def Shampoo(
         o = infos[i]
         n = 0 if out else sum(1 < n <= opt.hypers[o.group]['max_precond_dim'] for n in o.param.shape)
         return dict(rule='diagonals, by the pattern' if out else 'diagonals' if n==0 else 'a matrix an axis' if n==o.param.ndim else 'matrices for some axes')
-    return leave_out(opt, groups, diagonal, _cells)
+    return leave_out(opt, groups, aux, _cells)
 
 # %% ../../nbs/algorithms/shampoo.ipynb #1755156c
 register(Shampoo, title='Shampoo', category='current', kind='matrix', state=('precond_0','precond_1','inv_precond_0','inv_precond_1','update_sum'), oracle='reference.Shampoo',

@@ -174,7 +174,7 @@ def soap_matrices(
 # %% ../../nbs/algorithms/soap.ipynb #8437617e
 hyper_ranges.update(shampoo_beta=Within(-1, 1, open_hi=True, tip='It is the share of the old matrices that a step keeps, or -1 for that of the squares.'))
 
-# %% ../../nbs/algorithms/soap.ipynb #76bcc693
+# %% ../../nbs/algorithms/soap.ipynb #a7d837b1
 @options
 def SOAP(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -187,13 +187,13 @@ def SOAP(
     max_precond_dim:int=10000, # Longest axis that has a basis
     merge_dims:bool=False, # Take small neighbouring axes of a tensor as one?
     precondition_1d:bool=False, # A basis for vectors too?
-    adam=None, # Parameters that take Adam's step: a pattern such as 'Embedding|*head*', see `matches`; `None`: vectors alone
+    aux=None, # Which matrices take Adam: text such as `'*emb*|*head*'`, a class of module, a function of a `ParamInfo`, a tuple of these; `None`: none
     wd:float=.01, # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "SOAP"
     groups = as_groups(params)
-    if adam is not None: check_pattern(adam)
+    if aux is not None: check_pattern(aux)
     axes = partial(soap_axes, merge_dims=merge_dims, precondition_1d=precondition_1d)
     cbs = [step_stat, partial(soap_averages, axes=axes), partial(soap_step, axes=axes), decay_after_first, partial(soap_matrices, axes=axes)]
     opt = make_optimizer(groups, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, shampoo_beta=shampoo_beta, eps=eps, precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, wd=wd, **kwargs)
@@ -202,7 +202,7 @@ def SOAP(
         o = infos[i]
         n = 0 if out else len(axes(o.param, opt.hypers[o.group]['max_precond_dim'], {}, True)[0])
         return dict(rule='Adam, by the pattern' if out else 'Adam' if n==0 else f"SOAP, {n} {'bases' if n>1 else 'basis'}")
-    return leave_out(opt, groups, adam, _cells)
+    return leave_out(opt, groups, aux, _cells)
 
 # %% ../../nbs/algorithms/soap.ipynb #1e4565d1
 register(SOAP, title='SOAP', category='adaptive', kind='matrix', state=('grad_avg','sqr_avg','precond_0','precond_1','basis_0','basis_1'), oracle='reference.SOAP',

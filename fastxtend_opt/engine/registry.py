@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['hyper_ranges', 'HIGH_WD', 'MODES', 'OPTIONS', 'CATEGORIES', 'KINDS', 'Within', 'valid_hyper', 'group_values',
            'as_groups', 'in_use', 'decays_weights', 'fully_decoupled', 'cautious_step', 'warn_high_wd', 'pick_mode',
-           'make_optimizer', 'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer', 'factory',
-           'take_steps', 'mode_differences']
+           'make_optimizer', 'check_mode', 'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer',
+           'factory', 'take_steps', 'mode_differences']
 
-# %% ../../nbs/engine/08_registry.ipynb #51222871
+# %% ../../nbs/engine/08_registry.ipynb #f4334d85
 import importlib, inspect, math, pkgutil, re, warnings
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -20,6 +20,7 @@ from fastcore.all import L, delegates, is_listy, is_iter, merge, even_mults
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, pytorch_hp_map, weight_decay, l2_reg
 from .optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, Storage
+from .tape import UnsupportedError
 from .rules import inner_stepper, naming, rule_cases, run_on_rule, thaw_params, within_rule
 
 # %% ../../nbs/engine/08_registry.ipynb #7f350466
@@ -351,7 +352,18 @@ def make_optimizer(
         warn_high_wd(opt)
     return opt
 
-# %% ../../nbs/engine/08_registry.ipynb #bf754bb0
+# %% ../../nbs/engine/08_registry.ipynb #aa8ae32b
+def check_mode(
+    row, # Row of an optimizer (`OptimizerInfo`), or `None`
+    given:dict # Arguments that it was given
+):
+    "Raise an `UnsupportedError` if `row` does not have the mode that the flags ask for"
+    mode = pick_mode(**{k:given[k] for k in MODES[1:] if k in given})
+    if row is None or mode in row.modes: return
+    others = ' or '.join(f'{m}=True' for m in row.modes if m!='native')
+    raise UnsupportedError(f"{row.title} has no {mode} mode: {mode}=True can't run its matrix functions. Use {others}, or no flag." if row.kind=='matrix' else f"{row.title} has no {mode} mode. Use {others}, or no flag.")
+
+# %% ../../nbs/engine/08_registry.ipynb #ae8accd8
 def options(
     f=None, # Function of an algorithm, whose last argument is `**kwargs`
     /,
@@ -363,8 +375,9 @@ def options(
     sig = inspect.signature(f)
     @wraps(f)
     def _inner(*args, **kwargs):
-        try: sig.bind(*args, **kwargs)
+        try: given = sig.bind(*args, **kwargs).arguments
         except TypeError as e: raise TypeError(f"{f.__name__}() {e}") from None
+        check_mode(next((r for r in _registry.values() if r.func is _inner), None), given)
         _own_ranges.append(ranges)
         try: return f(*args, **kwargs)
         finally: _own_ranges.pop()
@@ -495,7 +508,7 @@ def get_optimizer(
         if o is not None and key in (o.name, o.func.__name__.lower()): return o
     raise ValueError(f"There is no optimizer {name!r}: there are {', '.join(sorted(_registry))}.")
 
-# %% ../../nbs/engine/08_registry.ipynb #7d07ef2b
+# %% ../../nbs/engine/08_registry.ipynb #40f4d9ae
 def factory(
     func # The capitalised function, such as `Adam`
 ): # The lower-case function, such as `adam`: takes the keywords of `func`, returns an `opt_func`
@@ -510,7 +523,7 @@ def factory(
             raise TypeError(f"{name}() leaves params and lr to the Learner: write opt_func={name}(), or {func.__name__}(params, lr).")
         try: given = sig.bind(*args, **kwargs).arguments
         except TypeError as e: raise TypeError(f"{name}() {e}: it takes {', '.join(sig.parameters)}.") from None
-        pick_mode(**{k:given[k] for k in MODES if k in given})
+        check_mode(row, given)
         for k,v in given.items():
             if v is not sig.parameters[k].default: group_values(k, v, len(v) if is_listy(v) else 1, getattr(func, 'ranges', {}))
         return partial(func, **given)

@@ -6,7 +6,7 @@ def REFERENCE(theta, h, lam):
     beta = h['shampoo_beta'] if h['shampoo_beta']>=0 else h['sqr_mom']
     return SOAP(theta, h['mom'], h['sqr_mom'], beta, h['eps'], h['precondition_frequency'], h['max_precond_dim'], h['merge_dims'], h['precondition_1d'], lam)
 STATE = dict(step='t') # ours keeps the averages in the bases: tests/test_soap.py
-DEFAULTS = dict(mom=.95, sqr_mom=.95, shampoo_beta=-1., eps=1e-8, precondition_frequency=10, max_precond_dim=10000, merge_dims=False, precondition_1d=False, adam=None, wd=.01)
+DEFAULTS = dict(mom=.95, sqr_mom=.95, shampoo_beta=-1., eps=1e-8, precondition_frequency=10, max_precond_dim=10000, merge_dims=False, precondition_1d=False, aux=None, wd=.01)
 # Up to 4 numbers an axis: matrices of one gradient have full rank then, and no rounding chooses eigenvectors of 0
 CASES = [dict(mom=.95, sqr_mom=.95, shampoo_beta=-1., eps=1e-8, precondition_frequency=10, max_precond_dim=4, merge_dims=False, precondition_1d=False),
          dict(mom=.9, sqr_mom=.99, shampoo_beta=.8, eps=1e-4, precondition_frequency=1, max_precond_dim=4, merge_dims=True, precondition_1d=True),
