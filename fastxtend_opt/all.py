@@ -55,6 +55,7 @@ from .algorithms.apollo import *
 from .algorithms.came import *
 from .algorithms.adam_mini import *
 from .algorithms.mars import *
+from .algorithms.muon import *
 from .algorithms.cautious import *
 from .algorithms.shampoo import *
 from .algorithms.soap import *
