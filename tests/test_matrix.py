@@ -151,16 +151,17 @@ def diverges(n, o, d, t, s):
 def product():
     return [(n,o,d,t,s) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS if not diverges(n,o,d,t,s)]
 def is_default(n, o, d, t, s):
-    if n not in CORE: # half of its parameters have no decay
-        last = list(decays(n))[-1]
-        return s=='life' and (t=='f64' and (d==last or (o==0 and d!='none')) or (o,d,t)==(0,last,'f32'))
+    if n not in CORE: return s=='life' and d==list(decays(n))[-1] and (t=='f64' or o==0) # half of its parameters have no decay
     if o==0 and s=='no_decay_on_some': return True                      # each optimizer: decays x dtypes
     if s=='plain': return t=='f64' and (d=='decoupled' or o==0)         # each option
     return o==0 and d=='decoupled' and t=='f32'                         # each scenario
 def _id(c): return '-'.join(map(str, c))
 def is_default_in(mode, n, o, d, t, s):
-    "Triton's interpreter is slow: outside of `CORE` one case an optimizer, none where the mode is foreach's"
-    return is_default(n, o, d, t, s) and (mode!='triton' or (n in CORE and n not in AXES) or (t=='f32' and (n not in AXES or s=='life')))
+    """Outside of `CORE` its options in fused mode (all modes have the tape in common), its default ones in all; Triton's interpreter is slow: one
+    case an optimizer, none where the mode is foreach's"""
+    if not is_default(n, o, d, t, s): return False
+    if mode=='triton': return t=='f32' and (n in ('adam','larc','lamb') or s=='life') and (n not in AXES or s=='life')
+    return n in CORE or mode=='fused' or (o,t)==(0,'f64')
 MATRIX = [pytest.param(*c, m, id=f'{_id(c)}-{m}', marks=() if is_default_in(m, *c) else pytest.mark.slow) for c in product() for m in MODES]
 
 @pytest.mark.parametrize('name,option,decay,dtype,scen,mode', MATRIX)
@@ -208,17 +209,21 @@ def as_signed(got, want, lr):
     assert sum(int(o.sum()) for o in off) <= 1e-4*sum(o.numel() for o in off)
     return [torch.where(o, a, b) for o,a,b in zip(off, got, want)]
 
+CANCEL = 4*2**-24 # the float32 rounding of a sum of values of order 1
+# and what comes of it further on: the last bit of a masked optimizer's step decides whether the element is let through, and one more or less in
+# 10,000, about half of which are, changes the factor of all steps by 1e-4/.5 of 1/.5; Apollo divides by no less than .01
+CANCELS = dict(cadamw=4e-4*LR, clion=4e-4*LR, apollo=100*CANCEL)
 LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
 LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled') != (t=='f16') if n in CORE else (d,t)==(list(decays(n))[:2][-1],'bf16')) else pytest.mark.slow)
             for n in NAMES for d in decays(n) for t in LOW]
 
-@pytest.mark.parametrize('name,decay,dtype,mode', [pytest.param(*c.values, m, id=f'{c.id}-{m}', marks=c.marks) for c in LOWCASES for m in ('fused','triton') if m=='fused' or c.values[0] not in AXES])
+@pytest.mark.parametrize('name,decay,dtype,mode', [pytest.param(*c.values, m, id=f'{c.id}-{m}', marks=c.marks) for c in LOWCASES for m in ('fused','triton')])
 def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
     """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one ulp
     off native's float32 step, whose own sums may fall on the other side of a rounding boundary. Where a sum of values of order 1 cancels, its
-    float32 rounding (4 * 2**-24) is more than an ulp of what is left, hence the absolute part."""
-    kw,dtype,cancel = decays(name)[decay],LOW[dtype],4*2**-24
-    params,stream = make_params(dtype=dtype, channels_last=name not in AXES),GradStream(1)
+    float32 rounding is more than an ulp of what is left, hence the absolute part."""
+    kw,dtype,cancel = decays(name)[decay],LOW[dtype],max(CANCEL, CANCELS.get(name, 0))
+    params,stream = make_params(dtype=dtype),GradStream(1)
     opt = opt_func(name, mode, kahan_sum=False, **kw)(two_groups(params))
     opt.state[params[2]]['do_wd'] = False
     for i in range(8):
@@ -274,9 +279,10 @@ def _go_on(params, opt, n=6):
     return snapshot(params, opt)
 
 def _crossings(name):
-    "Each mode to each; or by default, for one that is not of `CORE`, each to itself, and from native on in a circle"
+    "Each mode to each; or by default, for one that is not of `CORE`, each to itself, and from native on in a circle, the interpreter left out"
+    circle = [m for m in ALL_MODES if m!='triton']
     for a,b in ((a,b) for a in ALL_MODES for b in ALL_MODES):
-        ring = a==b or ALL_MODES[(ALL_MODES.index(a)+1)%len(ALL_MODES)]==b
+        ring = 'triton' not in (a,b) and (a==b or circle[(circle.index(a)+1)%len(circle)]==b)
         yield pytest.param(name, a, b, marks=() if name in CORE or ring else pytest.mark.slow)
 
 @pytest.mark.parametrize('name,src,dst', [c for n in NAMES for c in _crossings(n)])

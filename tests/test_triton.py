@@ -331,15 +331,17 @@ def compile_for(target, what, tmp_path):
     assert res.returncode==0, res.stderr[-3000:]
     return json.loads(res.stdout.splitlines()[-1])
 
-def test_optimizers_compile_for_cuda(tmp_path):
-    "PTX and machine code for an H100, by Triton's own compiler: every registered optimizer, float32 and bfloat16; whole blocks are loaded and stored as vectors"
-    res = compile_for(['cuda', 90, 32], 'optimizers', tmp_path)
-    assert {k.split('.')[0].split('-')[0] for k in res}==set(NAMES)
+@pytest.mark.parametrize('what', ['core', pytest.param('optimizers', marks=pytest.mark.slow)])
+def test_optimizers_compile_for_cuda(what, tmp_path):
+    "PTX and machine code for an H100, by Triton's own compiler: `CORE`, or every registered optimizer, float32 and bfloat16; whole blocks are loaded and stored as vectors"
+    res = compile_for(['cuda', 90, 32], what, tmp_path)
+    assert {k.split('.')[0].split('-')[0] for k in res}==set(NAMES if what=='optimizers' else CORE)
     for k,v in res.items():
         name = k.split('.')[0].split('-')[0]
         assert v['binary'] and not v['local'], (k, v) # local memory in PTX; what ptxas spills shows only in the machine code
         if '.pass' in k: assert v['vector'] >= (2 if v['stores'] else 1) and (v['stores'] or 'pass0' in k and (name=='ranger' or get_optimizer(name).kind=='reduction')), (k, v)
 
+@pytest.mark.slow
 def test_rows_compile_for_cuda(tmp_path):
     "Every row of the table, in float32 and float64"
     res = compile_for(['cuda', 80, 32], 'rows', tmp_path)
@@ -350,6 +352,7 @@ def test_optimizers_compile_for_amd(tmp_path):
     assert compile_for(['hip', 'gfx942', 64], 'optimizers', tmp_path)
 
 # ---------------------------------------------------------------- the benchmark's script
+@pytest.mark.slow
 def test_gpu_bench_in_small(tmp_path):
     "Every part of bench/gpu.py, through the interpreter: its correctness checks hold, and it writes JSON, table and plot"
     env = {k:v for k,v in os.environ.items() if k not in ('TRITON_INTERPRET', BACKEND)} | dict(PYTHONWARNINGS='ignore', MPLBACKEND='agg')

@@ -25,7 +25,7 @@ def cache_folder() -> Path: # Folder of the compiled kernels; made if missing
     return path
 
 # %% ../../nbs/engine/05_build.ipynb #afcd3abd
-CPP_FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-std=c++17', '-shared', '-fPIC') # inf and nan keep their meaning: no -ffast-math
+CPP_FLAGS = ('-O3', '-march=native', '-fno-math-errno', '-fno-trapping-math', '-std=c++14', '-shared', '-fPIC') # inf and nan keep their meaning: no -ffast-math. C++17 would double a small kernel's compile time: the special functions of its <cmath>
 
 @lru_cache(None)
 def _compiler(cxx, path):

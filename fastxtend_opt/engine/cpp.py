@@ -188,6 +188,7 @@ template<class F> struct Buffer { // of a thread, between the passes over a few 
     F* get(i64 m) { if (m > n) { std::free(p); p = (F*)std::malloc(m*sizeof(F)); n = m; } return p; }
     ~Buffer() { std::free(p); }
 };
+template struct Buffer<float>; template struct Buffer<double>; // said, as GCC 12 leaves out the destructor that only a thread_local needs
 #define SIZES(n, f) if (n == 3) { f(3) } // the rows of most convolutions
 // A value a row, over its elements
 template<class S> static inline void fill_rows(CT* __restrict__ e, const S* __restrict__ s, i64 rows, i64 n) {

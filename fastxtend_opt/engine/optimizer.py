@@ -12,7 +12,7 @@ import torch
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer
 from .ops import sround_bfloat16
-from .tape import LowPrecision, NeedsShape, TapeSlot, UnsupportedError, collapse_axes, kind_of, opaque_shape, trace_steppers
+from .tape import LowPrecision, NeedsShape, TapeSlot, UnsupportedError, collapse_axes, kind_of, opaque_shape, trace_steppers, widen_tape
 from .cohort import FLOAT_DTYPES, make_cohorts
 from .opaque import CutRun, cut_tape
 from .foreach import run_foreach
@@ -593,7 +593,7 @@ class FusedOptimizer(TapeOptimizer):
             if not self._unscale(*self._amp): raise _Overflow
             self._amp = None
         for (c,tape,_),form in zip(work, forms):
-            parts = [form] if form else [self._plan.form(c, part.of(tape)) for part in cut_tape(tape).parts if part] if tape.opaque else []
+            parts = [form] if form else [self._plan.form(c, part.of(tape)) for part in cut_tape(widen_tape(tape)).parts if part] if tape.opaque else []
             for form in filter(None, parts):
                 kernel = self._plan.kernel(c, form[0])
                 if self._plan.backends[c] == 'triton': warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
@@ -617,19 +617,19 @@ class FusedOptimizer(TapeOptimizer):
     def _run(self, work):
         plan,copies,jobs,cuts = self._plan,[],[],[]
         for (c,tape,_),form in zip(work, plan.forms):
-            if c not in plan.tables or not (form or tape.opaque): run_foreach(tape, c.tensors(), c in plan.one_by_one, plan.pools[c]); continue
+            if c not in plan.tables or not (form or tape.opaque): run_foreach(widen_tape(tape), c.tensors(), c in plan.one_by_one, plan.pools[c]); continue
             if plan.how[c] == 'copy': copies.append((tape, *plan.tables[c].copied_grads()))
             torch.autograd.graph.increment_version(c.params) # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
             if tape.known()[1]: torch.autograd.graph.increment_version(plan.tables[c].grads)
             if form: jobs.append((plan.tables[c], *form))
-            else: cuts.append((c, CutRun(tape, [c.params, copies[-1][2] if plan.how[c] == 'copy' else plan.tables[c].grads, *c.tensors()[2:]], plan.pools[c])))
+            else: cuts.append((c, CutRun(widen_tape(tape), [c.params, copies[-1][2] if plan.how[c] == 'copy' else plan.tables[c].grads, *c.tensors()[2:]], plan.pools[c])))
         self._launch(jobs)
         for k in range(max((run.cut.n for _,run in cuts), default=0)):
             jobs = []
             for c,run in cuts:
                 if k >= run.cut.n or (part := run.part(k)) is None: continue
                 if form := plan.form(c, part): jobs.append((plan.part_table(c, run.cut.parts[k]).fill(run.lists(k)), *form))
-                else: run_foreach(part, run.lists(k))
+                else: run_foreach(widen_tape(part), run.lists(k))
             self._launch(jobs)
             for _,run in cuts:
                 if k < run.cut.n: run.call(k)

@@ -12,7 +12,7 @@ from .ops import OPS
 
 # %% auto #0
 __all__ = ['LowPrecision', 'SCALAR_REF', 'TapeSlot', 'UnsupportedError', 'NeedsShape', 'axes_of', 'kind_of', 'opaque_shape',
-           'Tape', 'collapse_axes', 'TapeTensor', 'trace_steppers', 'show_tape']
+           'Tape', 'collapse_axes', 'widen_tape', 'TapeTensor', 'trace_steppers', 'show_tape']
 
 # %% ../../nbs/engine/01_tape.ipynb #ba68bbb4
 LowPrecision = namedtuple('LowPrecision', 'kahan rounding state seed') # How a parameter and its state are kept
@@ -162,7 +162,7 @@ class Tape:
         if self.opaque or self.kinds(): return self.slots, tuple(self.ops), self.stores, self._axes, tuple(k for k,_ in self.types)
         return self.slots, tuple(self.ops), self.stores
 
-# %% ../../nbs/engine/01_tape.ipynb #30d618f3
+# %% ../../nbs/engine/01_tape.ipynb #2fa29ebf
 _collapsed = {}
 
 def collapse_axes(
@@ -191,6 +191,31 @@ def _collapse(tape):
         to[k] = kept[0] or 's'
     slots = tuple(s._replace(kind=to[s.kind]) for s in tape.slots)
     return slots,[(to[k], d) for k,d in tape.types],tuple(map(tuple, [[]]*(3-len(groups)) + groups))
+
+def widen_tape(
+    tape:Tape # A finished tape
+) -> Tape: # One that calculates in float32 what is in bfloat16 or float16, and rounds what it stores
+    "`tape` as a kernel runs it, for a backend that rounds each result to its dtype"
+    small,f32 = (torch.bfloat16, torch.float16),torch.float32
+    cast = {j for j,o in enumerate(tape.ops) if type(o[0]) is str and o[0].startswith(('to_','sround'))}
+    if not any(d in small and j not in cast for j,(_,d) in enumerate(tape.types)): return tape
+    ops,types,refs = [],[],{}
+    def add(op, kind, dtype): ops.append(op); types.append((kind, dtype)); return len(ops)-1
+    def ref(r):
+        if r >= SCALAR_REF: return r
+        if r < 0 and r not in refs: refs[r] = add(('to_float32', r), s.kind, f32) if (s := tape.slots[-r-1]).dtype in small else r
+        return refs[r]
+    for j,(o,(kind,d)) in enumerate(zip(tape.ops, tape.types)):
+        args = tuple(map(ref, o[1:]))
+        refs[j] = add((o[0], *args), kind, d if j in cast or d not in small else f32)
+        if j in cast and d in small: refs[j] = add(('to_float32', refs[j]), kind, f32)
+    res = copy.copy(tape)
+    stores = []
+    for i,r in tape.stores:
+        s = tape.slots[i]
+        stores.append((i, r if r < 0 else add((f'to_{str(s.dtype)[6:]}', refs[r]), types[refs[r]][0], s.dtype) if s.dtype in small else refs[r]))
+    res.ops,res.types,res.stores,res.kernels,res._known = ops,types,tuple(stores),{},None
+    return res
 
 _rank = {torch.bool:0, torch.float16:1, torch.bfloat16:1, torch.float32:2, torch.float64:3}
 def _promote(a, b, ka, kb): return a if a is b else torch.promote_types(a, b)
