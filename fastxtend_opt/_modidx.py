@@ -439,8 +439,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'fastxtend_opt/algorithms/shampoo.py')},
             'fastxtend_opt.algorithms.soap': { 'fastxtend_opt.algorithms.soap.SOAP': ( 'algorithms/soap.html#soap',
                                                                                        'fastxtend_opt/algorithms/soap.py'),
-                                               'fastxtend_opt.algorithms.soap._sorted_power': ( 'algorithms/soap.html#_sorted_power',
-                                                                                                'fastxtend_opt/algorithms/soap.py'),
                                                'fastxtend_opt.algorithms.soap._turn': ( 'algorithms/soap.html#_turn',
                                                                                         'fastxtend_opt/algorithms/soap.py'),
                                                'fastxtend_opt.algorithms.soap.decay_after_first': ( 'algorithms/soap.html#decay_after_first',

@@ -72,7 +72,7 @@ def axis_rows(
     n,before,after = size
     return x.reshape(-1, before, n, after).transpose(-3, -2).flatten(-2)
 
-# %% ../../nbs/algorithms/shampoo.ipynb #24bada1a
+# %% ../../nbs/algorithms/shampoo.ipynb #2cd9caea
 @lru_cache(None)
 def warn_once(
     message:str # What to say
@@ -85,15 +85,15 @@ def decompose(
     x, # A stack of n x n matrices
     old, # What is kept where it fails: a stack of as many; `None`: unit matrices
     n:int # Number of rows
-): # A stack of n x n matrices
+)->tuple: # A stack of n x n matrices, and for each whether it is new
     "`f(x)`; `old` where it fails or is not finite"
     old = torch.eye(n, dtype=x.dtype, device=x.device).expand_as(x) if old is None else old.reshape(-1, n, n)
     try: new = f(x)
-    except torch.linalg.LinAlgError: new = torch.cat([decompose(f, a, b, n) for a,b in zip(x.split(1), old.split(1))]) if len(x) > 1 else torch.full_like(old, math.nan)
-    ok = new.isfinite().all(-1).all(-1)
-    if ok.all(): return new
+    except torch.linalg.LinAlgError: new = torch.cat([decompose(f, a, b, n)[0] for a,b in zip(x.split(1), old.split(1))]) if len(x) > 1 else torch.full_like(old, math.nan)
+    ok = new.sum((-2,-1)).isfinite()
+    if ok.all(): return new,ok
     warn_once("The decomposition of a matrix failed (is there a NaN or inf among the gradients?). The one before it is kept. This is said once.")
-    return torch.where(ok[:,None,None], new, old)
+    return torch.where(ok[:,None,None], new, old),ok
 
 # %% ../../nbs/algorithms/shampoo.ipynb #50d786bf
 def _axis_products_shape(g, ndim, size, *args, **kwargs): return torch.empty(size[0]**2, dtype=at_least_float32(g.dtype), device=g.device)
@@ -115,7 +115,7 @@ def axis_products(
     else: res = keep*old.reshape(-1, n, n)
     return add_products(res, rows, weight).reshape(*lead, n*n)
 
-# %% ../../nbs/algorithms/shampoo.ipynb #d1ec2204
+# %% ../../nbs/algorithms/shampoo.ipynb #55d50203
 @opaque
 def inverse_root(
     mat, # A symmetric matrix, as n*n numbers, or a stack of them
@@ -130,7 +130,7 @@ def inverse_root(
         info = torch.finfo(x.dtype)
         val = torch.maximum(val, val[:,-1:]*info.eps).clamp(min=max(least, info.tiny))
         return add_products(torch.zeros_like(x), vec*val.pow(-.5/root).unsqueeze(-2))
-    return decompose(_f, mat.reshape(-1, n, n), old, n).reshape(mat.shape)
+    return decompose(_f, mat.reshape(-1, n, n), old, n)[0].reshape(mat.shape)
 
 # %% ../../nbs/algorithms/shampoo.ipynb #97b7cc90
 @opaque

@@ -16,33 +16,27 @@ from ..engine.registry import Within, hyper_ranges, as_groups, make_optimizer, d
 from ..engine.rules import check_pattern, param_infos
 from .shampoo import add_state, along_axes, along_axis, axis_products, axis_sizes, decompose, leave_out
 
-# %% ../../nbs/algorithms/soap.ipynb #41a1f2d3
+# %% ../../nbs/algorithms/soap.ipynb #c6b9b269
 @opaque
 def eigenbasis(
     mat # A symmetric matrix, as n*n numbers, or a stack of them
-): # As `mat`: an eigenvector a column
+): # As `mat`: an eigenvector a row
     "Eigenvectors, by falling eigenvalue"
     n = math.isqrt(mat.shape[-1])
-    return decompose(lambda x: torch.linalg.eigh(x)[1].flip(-1), mat.reshape(-1, n, n), None, n).reshape(mat.shape)
+    return decompose(lambda x: torch.linalg.eigh(x)[1].mT.flip(-2), mat.reshape(-1, n, n), None, n)[0].reshape(mat.shape)
 
-# %% ../../nbs/algorithms/soap.ipynb #b19d0547
+# %% ../../nbs/algorithms/soap.ipynb #25628acd
 def orthonormal(
     x # A stack of matrices
-): # The orthogonal factor of `torch.linalg.qr`
-    "Q of a QR decomposition, without its second half where that can be"
-    h,tau = torch.geqrf(x)
-    q = torch.linalg.solve_triangular(h.triu(), x, upper=True, left=False)
+): # Their rows made orthonormal, in the order in which they are: the transposed Q of `torch.linalg.qr(x.mT)`
+    "QR decomposition of the transposed matrices, without its second half where that can be"
+    h,tau = torch.geqrf(x.mT)
+    q = torch.linalg.solve_triangular(h.mT, x, upper=False)
     z = torch.linspace(1, 2, x.shape[-1], dtype=x.dtype, device=x.device).unsqueeze(-1)
-    ok = (q.mT@(q@z) - z).norm(dim=(-2,-1)) < 100*torch.finfo(x.dtype).eps*z.norm()
-    return q if ok.all() else torch.where(ok[:,None,None], q, torch.linalg.householder_product(h, tau))
+    ok = (q@(q.mT@z) - z).norm(dim=(-2,-1)) < 100*torch.finfo(x.dtype).eps*z.norm()
+    return q if ok.all() else torch.where(ok[:,None,None], q, torch.linalg.householder_product(h, tau).mT)
 
-# %% ../../nbs/algorithms/soap.ipynb #b7e11531
-def _sorted_power(mat, basis):
-    "The columns of `mat @ basis`, sorted, and the order"
-    x = mat@basis
-    order = (basis*x).sum(-2).argsort(dim=-1, descending=True, stable=True)
-    return x.gather(-1, order.unsqueeze(-2).expand_as(x)),order
-
+# %% ../../nbs/algorithms/soap.ipynb #38e88504
 @opaque(results=lambda grad_avg, sqr_avg, sizes, *mats: (grad_avg, sqr_avg, *mats[len(sizes):]))
 def turn_bases(
     grad_avg, # Average of the gradients in the old bases, or a stack of them
@@ -53,15 +47,16 @@ def turn_bases(
     "One step of a power iteration for each basis, with the averages turned and sorted to fit"
     k = len(sizes)
     m,v,bases = grad_avg.to(mats[0].dtype),sqr_avg,[]
-    for size,mat,old in zip(sizes, mats[:k], mats[k:]):
+    for size,mat,flat in zip(sizes, mats[:k], mats[k:]):
         n,before,after = size
-        old = old.reshape(-1, n, n)
-        x,order = _sorted_power(mat.reshape(-1, n, n), old)
-        new = decompose(orthonormal, x, old, n)
-        order = torch.where((new==old).all(-1).all(-1, keepdim=True), torch.arange(n, device=order.device), order) # kept, as it failed
-        m = along_axis(along_axis(m, old, size), new, size, transpose=True)
+        old = flat.reshape(-1, n, n)
+        x = old @ mat.reshape(-1, n, n)
+        order = torch.linalg.vecdot(old, x).argsort(dim=-1, descending=True, stable=True)
+        new,ok = decompose(orthonormal, x.gather(-2, order.unsqueeze(-1).expand_as(x)), old, n)
+        order = torch.where(ok.unsqueeze(-1), order, torch.arange(n, device=order.device))
+        m = along_axis(along_axis(m, old, size, transpose=True), new, size)
         v = v.reshape(-1, before, n, after).gather(2, order[:,None,:,None].expand(-1, before, n, after))
-        bases.append(new.reshape(mats[0].shape[:-1] + (n*n,)))
+        bases.append(new.reshape(flat.shape))
     return m,v.reshape(sqr_avg.shape),*bases
 
 # %% ../../nbs/algorithms/soap.ipynb #e7b21a53
@@ -76,7 +71,7 @@ def merge_axes(
         n *= o
     return (*res, n) if n > 1 else tuple(res)
 
-# %% ../../nbs/algorithms/soap.ipynb #b72a1d37
+# %% ../../nbs/algorithms/soap.ipynb #b06cdb07
 def soap_axes(
     p, # The parameter
     longest:int, # Longest axis that gets a basis
@@ -94,7 +89,7 @@ def soap_axes(
 def _turn(x, axes, state, forth):
     "`x` in the bases, or out of them"
     axes,sizes = axes
-    return along_axes(x, sizes, forth, *(state[f'basis_{i}'] for i in axes)) if axes else x
+    return along_axes(x, sizes, not forth, *(state[f'basis_{i}'] for i in axes)) if axes else x
 
 # %% ../../nbs/algorithms/soap.ipynb #9939eea6
 def soap_averages(
