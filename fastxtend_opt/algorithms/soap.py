@@ -6,7 +6,7 @@
 __all__ = ['soap', 'eigenbasis', 'orthonormal', 'turn_bases', 'merge_axes', 'soap_axes', 'soap_averages', 'soap_step',
            'decay_after_first', 'soap_matrices', 'SOAP']
 
-# %% ../../nbs/algorithms/soap.ipynb #1ec9625a
+# %% ../../nbs/algorithms/soap.ipynb #85941016
 import math
 from functools import partial
 import torch
@@ -14,10 +14,10 @@ from fastai.optimizer import Optimizer, step_stat, weight_decay
 from ..engine.opaque import opaque
 from ..engine.registry import Within, hyper_ranges, as_groups, make_optimizer, decays_weights, factory, options, register
 from ..engine.rules import check_pattern, param_infos
-from .shampoo import add_state, along_axes, along_axis, axis_products, axis_sizes, decompose, leave_out
+from .shampoo import CPU_STACK, add_state, along_axes, along_axis, axis_products, axis_sizes, decompose, leave_out
 
-# %% ../../nbs/algorithms/soap.ipynb #c6b9b269
-@opaque
+# %% ../../nbs/algorithms/soap.ipynb #704d28b8
+@opaque(stack=CPU_STACK)
 def eigenbasis(
     mat # A symmetric matrix, as n*n numbers, or a stack of them
 ): # As `mat`: an eigenvector a row
@@ -36,8 +36,8 @@ def orthonormal(
     ok = (q@(q.mT@z) - z).norm(dim=(-2,-1)) < 100*torch.finfo(x.dtype).eps*z.norm()
     return q if ok.all() else torch.where(ok[:,None,None], q, torch.linalg.householder_product(h, tau).mT)
 
-# %% ../../nbs/algorithms/soap.ipynb #38e88504
-@opaque(results=lambda grad_avg, sqr_avg, sizes, *mats: (grad_avg, sqr_avg, *mats[len(sizes):]))
+# %% ../../nbs/algorithms/soap.ipynb #78b45d69
+@opaque(results=lambda grad_avg, sqr_avg, sizes, *mats: (grad_avg, sqr_avg, *mats[len(sizes):]), stack=CPU_STACK)
 def turn_bases(
     grad_avg, # Average of the gradients in the old bases, or a stack of them
     sqr_avg, # Average of their squares

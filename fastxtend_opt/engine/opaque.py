@@ -13,7 +13,7 @@ from .tape import SCALAR_REF, NeedsShape, Tape, TapeSlot, TapeTensor, kind_of, o
 # %% auto #0
 __all__ = ['OpaqueCall', 'OpaqueResult', 'Opaque', 'opaque', 'TapePart', 'cut_tape', 'CutTape', 'CutRun']
 
-# %% ../../nbs/engine/02_opaque.ipynb #62e8d0b4
+# %% ../../nbs/engine/02_opaque.ipynb #44ecbef2
 OpaqueCall = namedtuple('OpaqueCall', 'f args names') # Operation of an entry: the `Opaque`, its constants (`...` for an operand), names of the last of them
 OpaqueCall.__doc__ = "The operation of an entry that is an opaque call: `f`, an `Opaque`; `args`, its arguments, with `...` in the place of each operand of the entry; `names`, keywords of the last of them"
 OpaqueCall.__str__ = lambda self: self.f.__name__
@@ -29,10 +29,11 @@ class Opaque:
     def __init__(self,
         f, # The function
         results=None, # What it returns, as a function of the same arguments; `None`: one tensor like the first it is given
-        ndim:int|None=None # Tensors with more axes than this are given with the last of them flattened
+        ndim:int|None=None, # Tensors with more axes than this are given with the last of them flattened
+        stack:int|None=None # Elements of parameters that a CPU stacks at most
     ):
         update_wrapper(self, f)
-        self.f,self.results,self.ndim,self._specs = f,results,ndim,{}
+        self.f,self.results,self.ndim,self.stack,self._specs = f,results,ndim,stack,{}
 
     def view(self, shape):
         "`shape` as the function sees it"
@@ -128,13 +129,14 @@ def opaque(
     f=None, # A function of tensors, with any axes before those that it works on, and numbers; it returns new tensors
     *,
     results=None, # What it returns: a function of the same arguments that returns tensors of that shape and dtype (run on the meta device, without axes before), or the argument itself; `None`: like the first tensor
-    ndim:int|None=None # Tensors with more axes are given with the last of them flattened to `ndim` axes: 2 for convolution kernels as matrices (d0, -1)
+    ndim:int|None=None, # Tensors with more axes are given with the last of them flattened to `ndim` axes: 2 for convolution kernels as matrices (d0, -1)
+    stack:int|None=None # On a CPU, stack parameters of no more elements than this in all, or give each by itself; `None`: all that are alike. To stack large ones is a copy that gains nothing there
 )->Opaque: # Called as `f` is, by a stepper in each mode but jit
     "Let steppers call `f`, on tensors of native mode and on a tape"
-    if f is None: return lambda g: Opaque(g, results, ndim)
-    return Opaque(f, results, ndim)
+    if f is None: return lambda g: Opaque(g, results, ndim, stack)
+    return Opaque(f, results, ndim, stack)
 
-# %% ../../nbs/engine/02_opaque.ipynb #d69d0d3c
+# %% ../../nbs/engine/02_opaque.ipynb #596a5222
 class TapePart:
     "A part of a cut tape: a tape, where its slots come from, and its numbers' places in the whole one's"
     def __init__(self, slots, ops, types, stores, scalars, sources):
@@ -233,7 +235,7 @@ class CutTape:
         self.buffers,count = {},{} # their kind and dtype, and which it is of those that are stacked alike
         for r in self.kept:
             t,f = self.buffer_type(r),self.ndims.get(r)
-            key = t,f and (f.ndim,)
+            key = t,f and (f.ndim, f.stack)
             count[key] = count.get(key, -1) + 1
             self.buffers[r] = t,count[key]
         self.parts = [self._part(tape, k) for k in range(self.n)]
@@ -267,7 +269,7 @@ class CutTape:
         res = [(ids.index(i), refs[r]) for i,r in stores.items()] + [(add(r), refs[r]) for r in writes]
         return TapePart(slots, ops, types, res, scalars, sources)
 
-# %% ../../nbs/engine/02_opaque.ipynb #3a684f5f
+# %% ../../nbs/engine/02_opaque.ipynb #ed136ef9
 def _own_shape(kind, shape):
     "Shape of a value of `kind` of a parameter of `shape`"
     if kind == 'e': return shape
@@ -294,11 +296,15 @@ class CutRun:
 
     def groups(self, f):
         "Places of the parameters that a call of `f` takes together"
-        by = 'groups',True if self.cut.by_shape else f.ndim
+        by = 'groups',True if self.cut.by_shape else f.ndim,f.stack
         if by not in self.pool:
             d = {}
             for i,p in enumerate(self.params): d.setdefault(p.shape if self.cut.by_shape else f.view(p.shape), []).append(i)
-            self.pool[by] = list(map(tuple, d.values()))
+            res = list(map(tuple, d.values()))
+            if f.stack and self.params[0].device.type == 'cpu': # cut each to pieces
+                sizes = [max(1, f.stack//max(1, self.params[idx[0]].numel())) for idx in res]
+                res = [idx[i:i+n] for idx,n in zip(res, sizes) for i in range(0, len(idx), n)]
+            self.pool[by] = res
         return self.pool[by]
 
     def part(self, k):
@@ -316,7 +322,7 @@ class CutRun:
     def buffer(self, r):
         "The tensors of the buffer of `r`, one a parameter, and the stacks that they are rows of: places of parameters -> tensor"
         f,(kind,dtype),nth = self.cut.ndims.get(r),*self.cut.buffers[r]
-        key = kind,dtype,nth,f and (f.ndim,),self.cut.by_shape
+        key = kind,dtype,nth,f and (f.ndim, f.stack),self.cut.by_shape
         if key in self.pool: return self.pool[key]
         res,stacks = [None]*len(self.params),{}
         for idx in self.groups(f) if f else [(i,) for i in range(len(self.params))]:
