@@ -95,27 +95,29 @@ def decompose(
     warn_once("The decomposition of a matrix failed (is there a NaN or inf among the gradients?). The one before it is kept. This is said once.")
     return torch.where(ok[:,None,None], new, old),ok
 
-# %% ../../nbs/algorithms/shampoo.ipynb #51656b22
+# %% ../../nbs/algorithms/shampoo.ipynb #db06e71f
 CPU_STACK = 1<<18 # Elements of parameters that a CPU takes together
 
-def _axis_products_shape(g, ndim, size, *args, **kwargs): return torch.empty(size[0]**2, dtype=at_least_float32(g.dtype), device=g.device)
+def _axis_products_shape(g, ndim, size, *args, old=None, **kwargs): return torch.empty(size[0]**2, dtype=at_least_float32(g.dtype), device=g.device) if old is None else old
 
-@opaque(results=_axis_products_shape, stack=CPU_STACK)
+@opaque(results=_axis_products_shape, stack=CPU_STACK, inplace=True)
 def axis_products(
     g, # A tensor, or a stack of them
     ndim:int, # Number of axes of a tensor
     size:tuple, # `axis_sizes`
     weight:float=1., # Of the products
     start:float=0., # The matrix begins as this times the unit matrix
-    old:torch.Tensor=None, # The matrix until now, as n*n numbers
+    *,
+    old:torch.Tensor=None, # The matrix until now, as n*n numbers, which becomes the new one
     keep:float=1. # What is kept of it
 ): # The matrix, as n*n numbers
     "Products of all pairs of slices across an axis, added up over the steps"
     n,lead = size[0],g.shape[:g.ndim-int(ndim)]
     rows = axis_rows(g.to(at_least_float32(g.dtype)), size)
     if old is None: res = start*torch.eye(n, dtype=rows.dtype, device=g.device).repeat(len(rows), 1, 1)
-    else: res = keep*old.reshape(-1, n, n)
-    return add_products(res, rows, weight).reshape(*lead, n*n)
+    else: res = old.view(-1, n, n).mul_(keep) if keep!=1 else old.view(-1, n, n)
+    res = add_products(res, rows, weight)
+    return res.reshape(*lead, n*n) if old is None else old
 
 # %% ../../nbs/algorithms/shampoo.ipynb #dc040187
 @opaque(stack=CPU_STACK)

@@ -13,7 +13,7 @@ from .tape import SCALAR_REF, NeedsShape, Tape, TapeSlot, TapeTensor, kind_of, o
 # %% auto #0
 __all__ = ['OpaqueCall', 'OpaqueResult', 'Opaque', 'opaque', 'TapePart', 'cut_tape', 'CutTape', 'CutRun']
 
-# %% ../../nbs/engine/02_opaque.ipynb #44ecbef2
+# %% ../../nbs/engine/02_opaque.ipynb #2ce6602c
 OpaqueCall = namedtuple('OpaqueCall', 'f args names') # Operation of an entry: the `Opaque`, its constants (`...` for an operand), names of the last of them
 OpaqueCall.__doc__ = "The operation of an entry that is an opaque call: `f`, an `Opaque`; `args`, its arguments, with `...` in the place of each operand of the entry; `names`, keywords of the last of them"
 OpaqueCall.__str__ = lambda self: self.f.__name__
@@ -30,10 +30,11 @@ class Opaque:
         f, # The function
         results=None, # What it returns, as a function of the same arguments; `None`: one tensor like the first it is given
         ndim:int|None=None, # Tensors with more axes than this are given with the last of them flattened
-        stack:int|None=None # Elements of parameters that a CPU stacks at most
+        stack:int|None=None, # Elements of parameters that a CPU stacks at most
+        inplace:bool=False # May it change the arguments that it returns?
     ):
         update_wrapper(self, f)
-        self.f,self.results,self.ndim,self.stack,self._specs = f,results,ndim,stack,{}
+        self.f,self.results,self.ndim,self.stack,self.inplace,self._specs = f,results,ndim,stack,inplace,{}
 
     def view(self, shape):
         "`shape` as the function sees it"
@@ -69,10 +70,12 @@ class Opaque:
         given = [v.reshape((*lead, *self.view(v.shape[len(lead):]))) if isinstance(v, torch.Tensor) else v for v in vals]
         ones = vals if not lead else [v[0] if isinstance(v, torch.Tensor) else v for v in vals]
         spec,many = self.spec(ones, names)
-        before = [v._version for v in _tensors(given)]
+        mine = {like for like,*_ in spec} if self.inplace else ()
+        kept = [v for i,v in enumerate(given) if i not in mine and isinstance(v, torch.Tensor)]
+        before = [v._version for v in kept]
         n = len(given)-len(names)
         with torch.no_grad(): out = self.f(*given[:n], **dict(zip(names, given[n:])))
-        if [v._version for v in _tensors(given)] != before:
+        if [v._version for v in kept] != before:
             raise ValueError(f"@opaque function '{self.__name__}' writes into a tensor that it was given: that may be a parameter's own or a copy, as the mode has it. Return a new tensor.")
         out = list(out) if isinstance(out, (tuple,list)) else [out]
         if len(out) != len(spec): raise ValueError(f"@opaque function '{self.__name__}' returned {len(out)} results, and {len(spec)} {'was' if len(spec)==1 else 'were'} announced: say what it returns with @opaque(results=...).")
@@ -85,7 +88,7 @@ class Opaque:
             raise ValueError(f"@opaque function '{self.__name__}': result {i} is {f'of shape {tuple(o.shape)}' if isinstance(o, torch.Tensor) else f'a {type(o).__name__}'}, and {tuple(want)} was to be expected. "
                 "It has to work on matrices with axes before them, and @opaque(results=...) has to say what it returns if that is not like its first tensor.")
         o = o.detach() if o.dtype is dtype else o.to(dtype)
-        if any(o.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() for v in _tensors(vals)) and o.numel(): o = o.clone()
+        if any(o.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() for j,v in enumerate(vals) if isinstance(v, torch.Tensor) and not (self.inplace and j == like)) and o.numel(): o = o.clone()
         return o if like is None else o.reshape(vals[like].shape)
 
     def __call__(self, *args, **kwargs):
@@ -130,11 +133,12 @@ def opaque(
     *,
     results=None, # What it returns: a function of the same arguments that returns tensors of that shape and dtype (run on the meta device, without axes before), or the argument itself; `None`: like the first tensor
     ndim:int|None=None, # Tensors with more axes are given with the last of them flattened to `ndim` axes: 2 for convolution kernels as matrices (d0, -1)
-    stack:int|None=None # On a CPU, stack parameters of no more elements than this in all, or give each by itself; `None`: all that are alike. To stack large ones is a copy that gains nothing there
+    stack:int|None=None, # On a CPU, stack parameters of no more elements than this in all, or give each by itself; `None`: all that are alike. To stack large ones is a copy that gains nothing there
+    inplace:bool=False # May it write into those arguments that `results` returns, and return them? Nothing else may read the old value then: for state that is large
 )->Opaque: # Called as `f` is, by a stepper in each mode but jit
     "Let steppers call `f`, on tensors of native mode and on a tape"
-    if f is None: return lambda g: Opaque(g, results, ndim, stack)
-    return Opaque(f, results, ndim, stack)
+    if f is None: return lambda g: Opaque(g, results, ndim, stack, inplace)
+    return Opaque(f, results, ndim, stack, inplace)
 
 # %% ../../nbs/engine/02_opaque.ipynb #596a5222
 class TapePart:
@@ -269,7 +273,7 @@ class CutTape:
         res = [(ids.index(i), refs[r]) for i,r in stores.items()] + [(add(r), refs[r]) for r in writes]
         return TapePart(slots, ops, types, res, scalars, sources)
 
-# %% ../../nbs/engine/02_opaque.ipynb #ed136ef9
+# %% ../../nbs/engine/02_opaque.ipynb #81f3f82c
 def _own_shape(kind, shape):
     "Shape of a value of `kind` of a parameter of `shape`"
     if kind == 'e': return shape
@@ -381,5 +385,7 @@ class CutRun:
         "Write opaque state, and let go of all but the buffers"
         changed = {i for i,_ in self.cut.last}
         new = [(i, self._rows(r) if r >= 0 else [t.clone() for t in self.tensors[-r-1]] if -r-1 in changed else self.tensors[-r-1]) for i,r in self.cut.last]
-        for i,ts in new: torch._foreach_copy_(self.tensors[i], ts)
+        for i,ts in new:
+            pairs = [(a, b) for a,b in zip(self.tensors[i], ts) if a.data_ptr() != b.data_ptr()] # not what was changed in place
+            if pairs: torch._foreach_copy_(*map(list, zip(*pairs)))
         self.env = {}
