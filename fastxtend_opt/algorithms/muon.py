@@ -16,7 +16,7 @@ from ..engine.registry import Within, as_groups, decays_weights, factory, hyper_
 from ..engine.rules import ShowRules, matches, param_infos, pattern_text, rule_table
 from ..engine.tape import UnsupportedError
 
-# %% ../../nbs/algorithms/muon.ipynb #f1065a62
+# %% ../../nbs/algorithms/muon.ipynb #9d3afe49
 NS_COEFFICIENTS = 3.4445,-4.7750,2.0315 # Of the polynomial (a, b, c)
 NS_CACHE = 1<<20 # Elements of the matrices that a CPU works on at a time
 ADJUST_LR = ('original','match_rms_adamw')
@@ -29,52 +29,55 @@ def muon_scale(
     r,c = shape
     return max(1, r/max(c, 1))**.5 if adjust_lr=='original' else .2*max(r, c)**.5
 
-def _grams(x, tall, steps):
-    "`steps` polynomials on the Gram matrix of `x`, and their product"
-    a,b,c = NS_COEFFICIENTS
-    A,q = (x.mT@x if tall else x@x.mT),None
-    for i in range(steps):
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        B.diagonal(dim1=-2, dim2=-1).add_(a) # P
-        q = B if q is None else B@q
-        if i < steps-1: A = B@(B@A)
-    return x@q if tall else q@x
+def _segments(shape, steps, dtype):
+    "How many steps are taken before `A` is made anew: one, or more on the Gram matrix of a long matrix"
+    if max(shape) < 2*min(shape) or steps < 2: return [1]*steps
+    if dtype is torch.bfloat16: return [2]*(steps//2) + [1]*(steps%2)
+    return [2]*(steps//2-steps%2) + [3]*(steps%2)
 
-def _iterate(x, steps, k, dtype):
-    "Newton-Schulz of matrices of shape (n, rows, columns)"
-    x = x.to(torch.promote_types(torch.promote_types(x.dtype, torch.float32), dtype))
-    x = x.div(torch.linalg.vector_norm(x, dim=(-2,-1), keepdim=True).add_(1e-7)).to(dtype)
-    (r,c),tall = x.shape[-2:],x.shape[-2] > x.shape[-1]
-    if dtype in (torch.float32,torch.float64) and max(r, c) >= 2*min(r, c) and steps > 1:
-        for n in [2]*(steps//2-steps%2) + [3]*(steps%2): x = _grams(x, tall, n)
-        return x.mul_(k)
-    a,b,c = NS_COEFFICIENTS
-    A = x.new_empty(len(x), min(x.shape[-2:]), min(x.shape[-2:]))
-    B,y = torch.empty_like(A),torch.empty_like(x)
+def _segment(x, steps, s, k, work, out):
+    "Some steps on `s*x`, times `k`, into `out`: the product of their polynomials is `q*I+Q`"
+    (a,b,c),(A,B),tall = NS_COEFFICIENTS,work,x.shape[-2] > x.shape[-1]
+    torch.bmm(x.mT, x, out=A) if tall else torch.bmm(x, x.mT, out=A)
+    if s!=1: A.mul_(s*s)
     for i in range(steps):
-        s = k if i==steps-1 else 1.
-        torch.bmm(x.mT, x, out=A) if tall else torch.bmm(x, x.mT, out=A)
-        torch.baddbmm(A, A, A, beta=b*s, alpha=c*s, out=B)
-        torch.baddbmm(x, *((x,B) if tall else (B,x)), beta=a*s, out=y)
-        x,y = y,x
-    return x if steps else x*k
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c, out=B if i==0 else None) # without its aI, which would cost the others their digits
+        Q,q = (P,a) if i==0 else (torch.baddbmm(P, P, Q, beta=q).add_(Q, alpha=a),q*a)
+        if i < steps-1: A = torch.baddbmm(y := torch.baddbmm(A, P, A, beta=a), P, y, beta=a)
+    return torch.baddbmm(x, *((x,Q) if tall else (Q,x)), beta=q*s*k, alpha=s*k, out=out)
+
+def _iterate(x, out, steps, k, work):
+    "Newton-Schulz of matrices of shape (n, rows, columns) into `out`, in the dtype of the buffers `work`"
+    norm = torch.linalg.vector_norm(x, dim=(-2,-1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).add_(1e-7)
+    A,B,*xs = (o[:len(x)] for o in work)
+    s = norm.item() if x.dtype is A.dtype is torch.bfloat16 and x.device.type=='cpu' and len(x)==1 else 0.
+    if steps and 1e-6<s<1e6: s = 1/s # the first segment divides: one pass over memory less
+    else: s,x = 1.,(x/norm).to(A.dtype)
+    parts = _segments(x.shape[-2:], steps, A.dtype)
+    for i,n in enumerate(parts):
+        last = i==len(parts)-1
+        x = _segment(x, n, s, k if last else 1., (A, B), out if last and out.dtype is A.dtype else xs[i%2])
+        s = 1.
+    if not steps: x = x*k
+    if x is not out: out.copy_(x)
 
 @opaque(ndim=2)
 def newton_schulz(
     x, # Matrices, with any axes before their two
     steps:int=5, # Number of iterations
     adjust_lr:str='', # One of `ADJUST_LR`, to have the result times `muon_scale`
-    dtype:torch.dtype|None=None # Of the products; `None`: that of `x`, at least float32
+    dtype:torch.dtype|None=None # Of the products; `None`: that of `x`, float32 for float16
 ): # The same shape and dtype
     "Matrices with the singular vectors of `x`, and singular values near 1"
-    dtype = dtype or torch.promote_types(x.dtype, torch.float32)
+    dtype = dtype or (torch.float32 if x.dtype is torch.float16 else x.dtype)
     k = muon_scale(x.shape[-2:], adjust_lr) if adjust_lr else 1.
     if not x.numel(): return x.clone()
     xs = x.reshape(-1, *x.shape[-2:])
-    n = len(xs) if x.device.type!='cpu' else max(1, NS_CACHE//xs[0].numel())
-    if n >= len(xs): return _iterate(xs, int(steps), k, dtype).to(x.dtype).view(x.shape)
     out = torch.empty(xs.shape, dtype=x.dtype, device=x.device)
-    for a,o in zip(xs.split(n), out.split(n)): o.copy_(_iterate(a, int(steps), k, dtype))
+    n = len(xs) if x.device.type!='cpu' else min(len(xs), max(1, NS_CACHE//xs[0].numel()))
+    m = min(x.shape[-2:])
+    work = [torch.empty(n, *s, dtype=dtype, device=x.device) for s in ((m,m), (m,m), xs.shape[1:], xs.shape[1:])]
+    for a,o in zip(xs.split(n), out.split(n)): _iterate(a, o, int(steps), k, work)
     return out.view(x.shape)
 
 # %% ../../nbs/algorithms/muon.ipynb #ffeba68a
@@ -109,7 +112,7 @@ def muon_averages(
     if _muon(p, use_muon): return average_grad(p, mom=mom, dampening=True, grad_avg=grad_avg)
     return {**step_stat(p, step=step), **average_grad(p, mom=aux_mom, dampening=True, grad_avg=grad_avg), **average_sqr_grad(p, sqr_mom=aux_sqr_mom, sqr_avg=sqr_avg)}
 
-# %% ../../nbs/algorithms/muon.ipynb #b2649c68
+# %% ../../nbs/algorithms/muon.ipynb #a8f2874e
 def muon_step(
     p, # The parameter
     lr:float, # Learning rate (η)
@@ -129,7 +132,8 @@ def muon_step(
     "A step along the orthogonal matrix, or one of Adam"
     if not _muon(p, use_muon): return adam_step(p, lr=lr*aux_lr_scale, mom=aux_mom, sqr_mom=aux_sqr_mom, eps=aux_eps, grad_avg=grad_avg, **kwargs)
     u = torch.lerp(p.grad.data, grad_avg, mom) if nesterov else grad_avg
-    p.data.add_(newton_schulz(u, ns_steps, adjust_lr, dtype=ns_dtype), alpha=-lr)
+    u = u.to(ns_dtype or torch.promote_types(u.dtype, torch.float32)) # the call's results have its dtype too: half the memory for bfloat16
+    p.data.add_(newton_schulz(u, ns_steps, adjust_lr).to(p.dtype), alpha=-lr)
 
 # %% ../../nbs/algorithms/muon.ipynb #4ae590aa
 def _head(name): return any(o=='head' or o.endswith('_head') or o.startswith('classifier') for o in name.split('.')[:-1])

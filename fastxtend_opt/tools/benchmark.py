@@ -940,7 +940,7 @@ matrix_cases = [
     MatrixCase('Prodigy', 'prodigy', dict(mom=.9, sqr_mom=.999, eps=1e-8, wd=.01), ('native','foreach','fused'), 'prodigyopt', 'Prodigy',
                dict(betas=(.9,.999), eps=1e-8, decouple=True), partial(model_rows, 'xresnet50'), 'XResNet50', 3., 'fused')]
 
-# %% ../../nbs/tools/benchmark.ipynb #f4ccf536
+# %% ../../nbs/tools/benchmark.ipynb #4bc29357
 def _peer_of(case, wd):
     "The peer as a `Contestant`"
     lib = importlib.import_module(_peer_modules.get(case.lib, case.lib))
@@ -984,12 +984,12 @@ def bench_matrix_case(
                 try: t = float(np.mean([_turn(turns[k], pset, flush)[0] for _ in range(case.every)]))
                 except Exception as e: _missing(k, e); names.remove(k); times.pop(k); continue
                 if r>=warmup: times[k].append(t)
-    rows = [dict(case=case.name, model=case.model, contestant=k, lib=found[k].lib, mode=found[k].mode, tensors=len(pset.params), elements=pset.elements,
+    rows = [dict(case=case.name, optimizer=case.optimizer, model=case.model, contestant=k, lib=found[k].lib, mode=found[k].mode, tensors=len(pset.params), elements=pset.elements,
                  every=case.every, step=_stats(ts), first_ms=first[k]*1e3) for k,ts in times.items()]
     peer = next((r['step']['median'] for r in rows if r['lib']==case.lib), None)
     for r in rows: r['vs_peer'] = peer and peer/r['step']['median']
     ours = next((r['vs_peer'] for r in rows if (r['lib'],r['mode'])==('fastxtend_opt',case.goal_mode)), None)
-    goal = dict(case=case.name, peer=f'{case.lib} {case.cls}', mode=case.goal_mode, goal=case.goal, value=ours, remark=case.remark,
+    goal = dict(case=case.name, optimizer=case.optimizer, peer=f'{case.lib} {case.cls}', mode=case.goal_mode, goal=case.goal, value=ours, remark=case.remark,
                 reached=None if ours is None or case.goal is None else ours>=case.goal)
     return dict(rows=rows, missing=missing, order=order, goal=goal)
 
