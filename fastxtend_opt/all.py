@@ -55,7 +55,9 @@ from .algorithms.came import *
 from .algorithms.adam_mini import *
 from .algorithms.mars import *
 from .algorithms.cautious import *
+from .algorithms.centralize import *
 from .training.schedule import *
+from .training.rules import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
 from .training.gradient_release import *

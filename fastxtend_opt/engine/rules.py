@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ParamInfo', 'naming', 'param_infos', 'check_pattern', 'matches', 'pattern_text', 'run_on_rule', 'on_rule',
-           'inner_stepper', 'within_rule', 'rule_cases', 'RuleTable', 'rule_table', 'ShowRules', 'freeze_param',
-           'thaw_params']
+           'inner_stepper', 'within_rule', 'rule_cases', 'refuses', 'check_round', 'RuleTable', 'rule_table',
+           'ShowRules', 'freeze_param', 'thaw_params']
 
 # %% ../../nbs/engine/09_rules.ipynb #e4311661
 from collections import namedtuple
@@ -150,6 +150,30 @@ def rule_cases(
             cb = cb.args[0] if _wraps(cb) else cb.func
         res += [o for o in case if o not in res]
     return [o for o in res if not any(o != x and o.items() <= x.items() for x in res)]
+
+# %% ../../nbs/engine/09_rules.ipynb #4cd4e7b3
+def refuses(
+    f, # A stepper, a wrapper of steppers, or a class of optimizers
+    **why # Name of a wrapper, such as `schedule_free`, and why it can't go round
+): # `f`, marked
+    "Say which wrappers have no meaning round `f`"
+    f.refuses = {**getattr(f, 'refuses', {}), **why}
+    return f
+
+def _layers(cb):
+    while isinstance(cb, partial):
+        yield cb.func
+        cb = cb.args[0] if _wraps(cb) else cb.func
+    yield cb
+
+def check_round(
+    wrapper:str, # Name of the wrapper: `schedule_free`
+    opt # Optimizer that it is to go round
+):
+    "Raise a `TypeError` that says why `wrapper` can't go round `opt`, if so"
+    for cb in [type(opt), *getattr(opt, 'cbs', ())]:
+        for f in _layers(cb):
+            if (why := getattr(f, 'refuses', {}).get(wrapper)): raise TypeError(f"{wrapper} can't go round {'' if isinstance(f, type) else 'stepper '}{getattr(f, '__name__', type(f).__name__)}: {why}")
 
 # %% ../../nbs/engine/09_rules.ipynb #b2dd54e4
 class RuleTable:
