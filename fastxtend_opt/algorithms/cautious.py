@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['cadamw', 'clion', 'CAdamW', 'CLion', 'cautious']
 
-# %% ../../nbs/algorithms/cautious.ipynb #87e8d255
+# %% ../../nbs/algorithms/cautious.ipynb #347ff9b5
 import inspect
 from functools import partial
 from fastai.optimizer import Optimizer
 from ..engine.registry import factory, options, register
-from ..engine.rules import check_round
+from ..engine.rules import check_round, opt_func_text
 from .adam import Adam
 from .lion import Lion
 
@@ -62,16 +62,15 @@ register(CAdamW, title='C-AdamW', category='adaptive', state=('grad_avg','sqr_av
 register(CLion, title='C-Lion', category='fixed', state=('grad_avg',), oracle='timm.optim.Lion', **_row)
 cadamw,clion = factory(CAdamW),factory(CLion)
 
-# %% ../../nbs/algorithms/cautious.ipynb #4cf9302f
+# %% ../../nbs/algorithms/cautious.ipynb #962b581c
 def cautious(
     opt_func # What a `Learner` takes as `opt_func`: `adam(fused=True)`
 )->partial: # An `opt_func`
     "The optimizer of `opt_func` with `cautious=True` (2024, arXiv 2411.16085)"
     if not callable(opt_func): raise TypeError(f"cautious takes an opt_func, such as adam(), got a {type(opt_func).__name__}.")
-    if _is_cautious(opt_func): raise TypeError(f"cautious can't go round {getattr(_innermost(opt_func), '__name__', opt_func)}: it is cautious already.")
+    if _is_cautious(opt_func): raise TypeError(f"cautious can't go round {opt_func_text(opt_func)}: it is cautious already.")
     return partial(_with_caution, opt_func)
 
-def _innermost(f): return _innermost(f.func) if isinstance(f, partial) else f
 def _is_cautious(f):
     if isinstance(f, partial) and (f.func is _with_caution or 'cautious' in f.keywords): return f.keywords.get('cautious', True)
     try: return inspect.signature(f).parameters['cautious'].default is True
@@ -81,3 +80,4 @@ def _with_caution(opt_func, params, *args, **kwargs):
     opt = opt_func(params, *args, **{**kwargs, 'cautious':True})
     check_round('cautious', opt)
     return opt
+_with_caution.wraps_opt_func = 'cautious'

@@ -20,7 +20,7 @@ def centralize_grad(
     "Take the mean over all axes but the first off the gradient"
     if p.ndim>1: p.grad.data.sub_(p.grad.data.mean(tuple(range(1, p.ndim)), keepdim=True))
 
-# %% ../../nbs/algorithms/centralize.ipynb #5d96f837
+# %% ../../nbs/algorithms/centralize.ipynb #98fc5e0a
 def centralize(
     opt_func # What a `Learner` takes as `opt_func`: `adam(fused=True)`
 )->partial: # An `opt_func`
@@ -36,3 +36,4 @@ def _centralized(opt_func, params, *args, **kwargs):
     if centralize_grad in inner.cbs: raise TypeError("centralize can't go round centralize: a gradient without a mean has none to take off. Leave one out.")
     inner.cbs = L(centralize_grad) + inner.cbs
     return opt
+_centralized.wraps_opt_func = 'centralize'

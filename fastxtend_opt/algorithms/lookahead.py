@@ -188,7 +188,7 @@ def load_state_dict(self:Lookahead,
     self.opt.load_state_dict(sd)
     self.count,self._slow,self._started = count,None if self.one_pass else slow,slow is not None
 
-# %% ../../nbs/algorithms/lookahead.ipynb #1101fdf1
+# %% ../../nbs/algorithms/lookahead.ipynb #69ce2c68
 def lookahead(
     opt_func, # What a `Learner` takes as `opt_func`: `adam(fused=True)`
     k:int=6, # Number of steps from one sync to the next, >= 1; the paper has 5
@@ -199,3 +199,4 @@ def lookahead(
     return partial(_look_ahead, opt_func, valid_hyper('k', k), valid_hyper('alpha', alpha))
 
 def _look_ahead(opt_func, k, alpha, params, *args, **kwargs): return Lookahead(opt_func(params, *args, **kwargs), k, alpha)
+_look_ahead.wraps_opt_func = 'lookahead'

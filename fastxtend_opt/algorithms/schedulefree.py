@@ -294,7 +294,7 @@ register(AdamWScheduleFree, name='adamw_schedulefree', title='Schedule-free Adam
 register(RAdamScheduleFree, name='radam_schedulefree', title='Schedule-free RAdam', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.RAdamScheduleFree', **_paper)
 sgd_schedulefree,adamw_schedulefree,radam_schedulefree = map(factory, (SGDScheduleFree, AdamWScheduleFree, RAdamScheduleFree))
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #8a4caa3e
+# %% ../../nbs/algorithms/schedulefree.ipynb #b2e1c4b2
 def _no_average(p, **kwargs):
     "The gradient itself in the place of its average, for this step"
     return {'grad_avg': p.grad.data.clone(), 'sf_bare': True}
@@ -347,6 +347,7 @@ def ScheduleFree(
 )->Optimizer: # `opt`
     "Make `opt` schedule-free, without its own momentum"
     check_round('schedule_free', opt)
+    if any(getattr(inner_stepper(cb), 'whole_model', False) for cb in getattr(opt, 'cbs', ())): raise TypeError("schedule_free can't go round an optimizer whose step is of several passes over the whole model.")
     if type(opt) not in _classes: raise TypeError(f"ScheduleFree takes an optimizer of this package that is not wrapped or schedule-free already, got a {type(opt).__name__}.")
     if any(isinstance(v, Tensor) for st in opt.state.values() for v in st.values()): raise ValueError("ScheduleFree takes an optimizer that has not stepped yet.")
     n = len(opt.param_lists)
@@ -362,6 +363,7 @@ def schedule_free(
     if not callable(opt_func): raise TypeError(f"schedule_free takes an opt_func, such as adam(), got a {type(opt_func).__name__}. Round an optimizer goes ScheduleFree.")
     return partial(_wrap, opt_func, kwargs)
 def _wrap(opt_func, kwargs, params, *args, **hypers): return ScheduleFree(opt_func(params, *args, **hypers), **kwargs)
+_wrap.wraps_opt_func = 'schedule_free'
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #0e18dc46
 def _free(opt): return isinstance(opt, ScheduleFreeOptimizer)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ParamInfo', 'naming', 'param_infos', 'check_pattern', 'matches', 'pattern_text', 'run_on_rule', 'on_rule',
-           'inner_stepper', 'within_rule', 'rule_cases', 'refuses', 'check_round', 'RuleTable', 'rule_table',
-           'ShowRules', 'freeze_param', 'thaw_params']
+           'inner_stepper', 'within_rule', 'rule_cases', 'refuses', 'check_round', 'inner_opt_func', 'opt_func_text',
+           'RuleTable', 'rule_table', 'ShowRules', 'freeze_param', 'thaw_params']
 
 # %% ../../nbs/engine/09_rules.ipynb #e4311661
 from collections import namedtuple
@@ -174,6 +174,25 @@ def check_round(
     for cb in [type(opt), *getattr(opt, 'cbs', ())]:
         for f in _layers(cb):
             if (why := getattr(f, 'refuses', {}).get(wrapper)): raise TypeError(f"{wrapper} can't go round {'' if isinstance(f, type) else 'stepper '}{getattr(f, '__name__', type(f).__name__)}: {why}")
+
+# %% ../../nbs/engine/09_rules.ipynb #7a6a188b
+def inner_opt_func(
+    f # An `opt_func`
+): # The function of the algorithm
+    "What is inside all partials and wrappers of an `opt_func`"
+    while isinstance(f, partial): f = f.args[0] if hasattr(f.func, 'wraps_opt_func') else f.func
+    return f
+
+def opt_func_text(
+    f, # An `opt_func`
+    leave=() # Names of arguments to leave out
+)->str: # As it would be written, about
+    "An `opt_func` as text"
+    name = getattr(f, 'wraps_opt_func', None) or getattr(f, '__name__', type(f).__name__)
+    if not isinstance(f, partial): return name
+    given = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in f.keywords.items() if k not in leave and isinstance(v, (int,float,str)))
+    if hasattr(f.func, 'wraps_opt_func'): return f"{f.func.wraps_opt_func}({opt_func_text(f.args[0], leave)})"
+    return f"{opt_func_text(f.func, leave)}({given})" if given else opt_func_text(f.func, leave)
 
 # %% ../../nbs/engine/09_rules.ipynb #b2dd54e4
 class RuleTable:

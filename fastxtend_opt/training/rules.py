@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Rule', 'rules']
 
-# %% ../../nbs/training/rules.ipynb #c16a8179
+# %% ../../nbs/training/rules.ipynb #44da19ee
 from functools import partial
 import inspect, warnings
 from torch import Tensor
@@ -13,8 +13,8 @@ from fastcore.foundation import L
 from fastai.optimizer import Optimizer
 from ..engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer
 from ..engine.registry import OPTIONS, Within, as_groups, hyper_ranges, valid_hyper
-from fastxtend_opt.engine.rules import (ShowRules, check_pattern, freeze_param, inner_stepper, matches, on_rule, param_infos, pattern_text, rule_table,
-    thaw_params)
+from fastxtend_opt.engine.rules import (ShowRules, check_pattern, freeze_param, inner_opt_func, inner_stepper, matches, on_rule, opt_func_text, param_infos, pattern_text,
+    rule_table, thaw_params)
 
 # %% ../../nbs/training/rules.ipynb #05351639
 _classes = (NativeOptimizer, ForEachOptimizer, JitOptimizer, FusedOptimizer)
@@ -44,13 +44,8 @@ class Rule:
 
 hyper_ranges.update(lr_mult=Within(0, tip='.1 is a tenth of the learning rate, 1 all of it; freeze=True is for parameters that are not to be trained.'))
 
-# %% ../../nbs/training/rules.ipynb #6914e3ee
-def _label(opt_func):
-    f = opt_func
-    while isinstance(f, partial): f = f.func
-    given = {k:v for k,v in getattr(opt_func, 'keywords', {}).items() if k not in OPTIONS}
-    name = getattr(f, '__name__', type(f).__name__)
-    return f"{name}({', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in given.items() if isinstance(v, (int,float,str)))})" if given else name
+# %% ../../nbs/training/rules.ipynb #e479129c
+def _label(opt_func): return opt_func_text(opt_func, OPTIONS)
 
 class _Choice:
     "What the rules say about one parameter: the rule that gives the algorithm, the settings, and the rules that have said something"
@@ -161,7 +156,7 @@ class _Decided:
         table.rows.sort(key=lambda r: order[r['rule']])
         return table
 
-# %% ../../nbs/training/rules.ipynb #2eb5f406
+# %% ../../nbs/training/rules.ipynb #abf71f55
 def _numbered(parts):
     "(label, optimizer, settings, lr_mult) of each sort -> the names that its hyperparameters have in the groups, and the values of all"
     last = max(parts, key=lambda o: o['rule'])
@@ -191,8 +186,7 @@ def _make(table, show, options, params, lr=None, **more):
         opt,own = _part(table[i], groups, infos, mine, settings, lr, options)
         _check_part(opt, parts[0]['opt'] if parts else opt, _label(table[i].opt_func))
         if 'do_wd' in settings: own = {**own, 'do_wd':settings['do_wd']}
-        f = table[i].opt_func
-        while isinstance(f, partial): f = f.func
+        f = inner_opt_func(table[i].opt_func)
         parts.append(dict(rule=i, opt=opt, settings=own, lr_mult=settings.get('lr_mult', 1.), mine=sorted(mine), name=getattr(f, '__name__', type(f).__name__).lower(), groups={infos[j].group for j in mine}, label=_label(table[i].opt_func)))
     return _join(table, groups, infos, choices, parts, keys, show)
 
