@@ -353,6 +353,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastxtend_opt/algorithms/schedulefree.py'),
                                                        'fastxtend_opt.algorithms.schedulefree._no_average': ( 'algorithms/schedulefree.html#_no_average',
                                                                                                               'fastxtend_opt/algorithms/schedulefree.py'),
+                                                       'fastxtend_opt.algorithms.schedulefree._no_lion_average': ( 'algorithms/schedulefree.html#_no_lion_average',
+                                                                                                                   'fastxtend_opt/algorithms/schedulefree.py'),
                                                        'fastxtend_opt.algorithms.schedulefree._no_momentum_averages': ( 'algorithms/schedulefree.html#_no_momentum_averages',
                                                                                                                         'fastxtend_opt/algorithms/schedulefree.py'),
                                                        'fastxtend_opt.algorithms.schedulefree._schedule_free': ( 'algorithms/schedulefree.html#_schedule_free',

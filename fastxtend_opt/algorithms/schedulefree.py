@@ -294,17 +294,21 @@ register(AdamWScheduleFree, name='adamw_schedulefree', title='Schedule-free Adam
 register(RAdamScheduleFree, name='radam_schedulefree', title='Schedule-free RAdam', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.RAdamScheduleFree', **_paper)
 sgd_schedulefree,adamw_schedulefree,radam_schedulefree = map(factory, (SGDScheduleFree, AdamWScheduleFree, RAdamScheduleFree))
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #b2e1c4b2
+# %% ../../nbs/algorithms/schedulefree.ipynb #f86045ce
 def _no_average(p, **kwargs):
     "The gradient itself in the place of its average, for this step"
     return {'grad_avg': p.grad.data.clone(), 'sf_bare': True}
+
+def _no_lion_average(p, **kwargs):
+    "Leaves what would be averaged to the step alone"
+    return {'sf_bare': True}
 
 def _no_momentum_averages(p, sqr_mom, step, sqr_avg=None, **kwargs):
     "StableAdam's averages without that of the gradient"
     return {**_no_average(p), **average_sqr_grad(p, sqr_mom=debiased_mom(sqr_mom, step), sqr_avg=sqr_avg)}
 
 # Steppers that are momentum: what does without, and hyper-parameters for it
-_momentum = {average_grad: (_no_average, dict(mom=0.)), lion_average: (None, dict(beta1=0.)), debiased_averages: (_no_momentum_averages, dict(mom=0.))}
+_momentum = {average_grad: (_no_average, dict(mom=0.)), lion_average: (_no_lion_average, dict(beta1=0.)), debiased_averages: (_no_momentum_averages, dict(mom=0.))}
 
 def _whose(cb): return tuple(cb.args[2]) if isinstance(cb, partial) and cb.func is run_on_rule else None # the rules it is for
 
@@ -316,8 +320,8 @@ class _Interpolated:
         for cb in cbs:
             f,_ = _momentum.get(inner_stepper(cb), (cb, {}))
             hypers = own[_whose(cb)]
-            if f is not cb and f: cb = within_rule(cb, lambda _: f)
-            if f: self.cbs.append((cb, {**hypers, 'rule_settings':hypers} if hypers and _whose(cb) is not None else hypers))
+            if f is not cb: cb = within_rule(cb, lambda _: f)
+            self.cbs.append((cb, {**hypers, 'rule_settings':hypers} if hypers and _whose(cb) is not None else hypers))
     __name__ = 'schedule_free_step'
 
     def __call__(self, p, z, lr, sf_beta, sf_step, sf_warmup_steps, sf_r, sf_weight_lr_power, weight_sum=0., lr_max=0., **kwargs):
@@ -333,7 +337,7 @@ class _Interpolated:
         z.copy_(p.data)
         x.lerp_(z, c)
         p.data.copy_(torch.lerp(z, x, sf_beta))
-        if mine.pop('sf_bare', False): mine.pop('grad_avg')
+        if mine.pop('sf_bare', False): mine.pop('grad_avg', None)
         return {**mine, **new}
 
 def _count_steps(p, sf_step=0, **kwargs): return {'sf_step': sf_step+1}
@@ -349,7 +353,7 @@ def ScheduleFree(
     check_round('schedule_free', opt)
     if any(getattr(inner_stepper(cb), 'whole_model', False) for cb in getattr(opt, 'cbs', ())): raise TypeError("schedule_free can't go round an optimizer whose step is of several passes over the whole model.")
     if type(opt) not in _classes: raise TypeError(f"ScheduleFree takes an optimizer of this package that is not wrapped or schedule-free already, got a {type(opt).__name__}.")
-    if any(isinstance(v, Tensor) for st in opt.state.values() for v in st.values()): raise ValueError("ScheduleFree takes an optimizer that has not stepped yet.")
+    if (opt.state and opt.fixed_state is None) or any(isinstance(v, Tensor) for st in opt.state.values() for v in st.values()): raise ValueError("ScheduleFree takes an optimizer that has not stepped yet.")
     n = len(opt.param_lists)
     opt.cbs = L(start_at_weights, _count_steps, _Interpolated(opt.cbs))
     for k,v in dict(beta=beta, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power).items(): opt.set_hyper(f'sf_{k}', group_values(k, v, n))

@@ -85,7 +85,7 @@ def _needs_names(pattern):
     if isinstance(pattern, (tuple,list)): return any(map(_needs_names, pattern))
     return isinstance(pattern, type) or (isinstance(pattern, str) and pattern.strip()!='*')
 
-# %% ../../nbs/training/rules.ipynb #c723ecb1
+# %% ../../nbs/training/rules.ipynb #845aa945
 def _part(rule, groups, infos, mine, settings, lr, options):
     "The optimizer for parameters with indices `mine`, in the same groups"
     f,settings = rule.opt_func,{k:v for k,v in settings.items() if k not in _own}
@@ -107,7 +107,7 @@ def _arguments(f):
 
 def _check_part(opt, first, label):
     if type(opt) not in _classes:
-        tip = ' It is about the whole step: put it round the rules, as lookahead(rules({...})).' if hasattr(opt, 'opt') or isinstance(opt, _classes) else ' Use one of this package.'
+        tip = ' What it has round the algorithm is about whole steps: put it round the rules, as lookahead(rules({...})) or schedule_free(rules({...})).' if hasattr(opt, 'opt') or isinstance(opt, _classes) else ' Use one of this package.'
         raise TypeError(f"rules: {label} makes a {type(opt).__name__}, which can't be one of several algorithms of an optimizer.{tip}")
     if (more := set(opt.__dict__) - _known): raise TypeError(f"rules: {label} keeps {', '.join(sorted(more))} for the whole model, and can't be one of several algorithms of an optimizer.")
     if (whole := [cb for cb in opt.cbs if getattr(inner_stepper(cb), 'whole_model', False)]):
