@@ -3,6 +3,7 @@
 Written by hand; `tests/test_package.py` holds it against the modules. The commands (`tools.cli`, `tools.demo`) are not part of it."""
 from .engine.ops import *
 from .engine.tape import *
+from .engine.opaque import *
 from .engine.cohort import *
 from .engine.foreach import *
 from .engine.torchscript import *
@@ -54,6 +55,7 @@ from .algorithms.apollo import *
 from .algorithms.came import *
 from .algorithms.adam_mini import *
 from .algorithms.mars import *
+from .algorithms.muon import *
 from .algorithms.cautious import *
 from .algorithms.centralize import *
 from .training.schedule import *

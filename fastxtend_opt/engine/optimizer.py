@@ -12,13 +12,14 @@ import torch
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer
 from .ops import sround_bfloat16
-from .tape import LowPrecision, NeedsShape, UnsupportedError, collapse_axes, kind_of, trace_steppers
+from .tape import LowPrecision, NeedsShape, TapeSlot, UnsupportedError, collapse_axes, kind_of, opaque_shape, trace_steppers
 from .cohort import FLOAT_DTYPES, make_cohorts
+from .opaque import CutRun, cut_tape
 from .foreach import run_foreach
 from .torchscript import run_script, compile_script
 from .cpp import cpp_kernel
 from .triton import triton_interpreted, triton_kernel
-from .fused import AddressTable, AxesLaunch, KernelLaunch, TritonLaunch, aligned_addresses, fused_sort, warm_triton
+from .fused import AddressTable, AxesLaunch, KernelLaunch, PartTable, TritonLaunch, aligned_addresses, fused_sort, warm_triton
 from .rules import rule_cases, within_rule
 
 # %% auto #0
@@ -53,7 +54,7 @@ def check_hyper(
         raise ValueError(f"hyper-parameter '{name}' is {v!r}: fastai hyper-parameters are one number a group (a sequence is split over the groups). Use a name for each value, or close over it with functools.partial.")
     return v
 
-# %% ../../nbs/engine/07_optimizer.ipynb #d0e63124
+# %% ../../nbs/engine/07_optimizer.ipynb #5ba93413
 def _flat(lists):
     "All parameters, and how many each group has"
     ps,ns = [],[]
@@ -82,6 +83,7 @@ class _Plan:
         shared = shared_params(p for c in self.cohorts for p in c.params)
         self.one_by_one = {c for c in self.cohorts if shared and any(id(p) in shared for p in c.params)} # parameters that share memory are stepped in turn
         self.state,self.version,self.by_shape = opt.state,opt.state.version,opt._by_shape
+        self.pools = defaultdict(dict) # Cohort -> buffers of its opaque calls
 
     def valid(self, opt):
         if self.state is not opt.state or self.version != opt.state.version or self.by_shape != opt._by_shape: return False
@@ -291,6 +293,7 @@ class TapeOptimizer(StepOptimizer):
             for p,st in zip(c.params, c.states):
                 if isinstance(value, str): st[k] = {'p':p, 'grad':p.grad, **st}[value].detach().clone()
                 elif kind == 'e': st[k] = torch.full_like(p, value or 0., dtype=dtype, requires_grad=False)
+                elif kind[0] == 'o': st[k] = torch.zeros(opaque_shape(kind), dtype=dtype, device=p.device)
                 else: st[k] = torch.full([n if o == 'n' else 1 for n,o in zip(p.shape, kind)] if kind != 's' else (), value or 0., dtype=dtype, device=p.device)
         c.slots,c.numbers = tape.slots,{k:v for k,v in c.numbers.items() if k not in tape.created}
         c.keep()
@@ -340,23 +343,39 @@ class TapeOptimizer(StepOptimizer):
             if not isinstance(st, dict): raise ValueError(f"a parameter's state is a dict, got {type(st).__name__}")
             for k,v in st.items():
                 if not isinstance(v, torch.Tensor): continue
-                if kind_of(v.shape, p.shape) is None: raise ValueError(f"state '{k}' has shape {tuple(v.shape)}, its parameter {tuple(p.shape)}. Nothing was loaded.")
                 if v.dtype not in FLOAT_DTYPES: raise ValueError(f"state '{k}' is {v.dtype}, not a float. Nothing was loaded.")
+        self._check_opaque(ps, state, hypers)
         def _copy(p, v): return v.detach().to(p.device, copy=True) if isinstance(v, torch.Tensor) else copy.copy(v)
         new = OptimState({p:{k:_copy(p, v) for k,v in st.items()} for p,st in zip(ps, state)})
         self.hypers,self.state = L(dict(h) for h in hypers),new
         self._fix_state(True)
+
+    def _check_opaque(self, ps, state, hypers):
+        "Does the state that is to be loaded have a shape of its own only where the steppers give it to opaque calls? `ValueError` if not"
+        groups,seen = [h for h,pg in zip(hypers, self.param_lists) for _ in pg],set()
+        for p,st,h in zip(ps, state, groups):
+            slots = sorted(TapeSlot(k, kind_of(v.shape, p.shape), v.dtype) for k,v in st.items() if isinstance(v, torch.Tensor))
+            if not any(s.kind[0] == 'o' for s in slots): continue
+            numbers = {k:v for k,v in st.items() if not isinstance(v, torch.Tensor)}
+            key = p.shape,p.dtype,tuple(slots),repr(numbers),id(h)
+            if key in seen: continue
+            try: trace_steppers(self.cbs, (TapeSlot('p', 'e', p.dtype), TapeSlot('grad', 'e', p.dtype), *slots), numbers, h, p.device, p.shape, self.storage and self.storage.low(p.dtype))
+            except ValueError as e:
+                s = next((s for s in slots if s.kind[0] == 'o' and f"'{s.name}'" in str(e)), next(s for s in slots if s.kind[0] == 'o'))
+                raise ValueError(f"state '{s.name}' has shape {tuple(opaque_shape(s.kind))}, its parameter {tuple(p.shape)}, and the steppers can't work with that: {e} Nothing was loaded.") from None
+            except Exception: pass # they want what is known only in a step
+            seen.add(key)
 
     def __repr__(self):
         from fastxtend_opt.engine.tape import _name
         n = sum(p.numel() for pg in self.param_lists for p in pg)
         return f"{type(self).__name__}([{', '.join(map(_name, self.cbs))}], {len(self.param_lists)} groups, {sum(map(len, self.param_lists))} parameters, {n:,} elements)"
 
-# %% ../../nbs/engine/07_optimizer.ipynb #21e85f84
+# %% ../../nbs/engine/07_optimizer.ipynb #a35d7ab5
 class ForEachOptimizer(TapeOptimizer):
     "Runs its steppers an operation at a time over many parameters, with `torch._foreach_*`"
     def _run(self, work):
-        for c,tape,_ in work: run_foreach(tape, c.tensors(), c in self._plan.one_by_one)
+        for c,tape,_ in work: run_foreach(tape, c.tensors(), c in self._plan.one_by_one, self._plan.pools[c])
 
 class JitOptimizer(TapeOptimizer):
     "Runs its steppers as one TorchScript function, a parameter at a time"
@@ -471,12 +490,12 @@ def _refuse_capture(device):
             raise UnsupportedError("a fused step can't be captured in a CUDA graph: learning rate and step counter are Python numbers, which each replay would repeat. Capture forward and backward, "
                 "and call `opt.step()` after each replay. No parameter was changed.")
 
-# %% ../../nbs/engine/07_optimizer.ipynb #a299cc6a
+# %% ../../nbs/engine/07_optimizer.ipynb #09fa011f
 class _FusedPlan(_Plan):
     "Cohorts of a fused optimizer and what is needed to launch kernels for them"
     def __init__(self, opt):
         super().__init__(opt)
-        self.how,self.backends,self.launches,self.by_row = {},{},{},{}
+        self.how,self.backends,self.launches,self.by_row,self.parts = {},{},{},{},{}
         for c in self.cohorts:
             self.backends[c] = fused_backend(c.device, opt.backend)
             self.how[c] = 'foreach' if c in self.one_by_one else fused_sort(c.params[0], c.params[0].grad, None)
@@ -500,15 +519,19 @@ class _FusedPlan(_Plan):
         if (k := tape.kernels.get(b := self.backends[c])) is None: k = tape.kernels[b] = _backends[b][0](tape)
         return k
 
-    def launch(self, cohorts, axes, kernel):
-        key = tuple(map(id, cohorts)) if axes[0] is None else (*map(id, cohorts), axes, kernel.layout)
+    def launch(self, tables, axes, kernel):
+        key = tuple(map(id, tables)) if axes[0] is None else (*map(id, tables), axes, kernel.layout)
         if key not in self.launches:
-            if axes[0] is not None: self.launches[key] = AxesLaunch([self.tables[c] for c in cohorts], axes, kernel.layout); return self.launches[key]
-            b = self.backends[cohorts[0]]
-            self.launches[key] = _backends[b][1]([self.tables[c] for c in cohorts], **({'elements':self.elements} if b == 'triton' else {}))
+            if axes[0] is not None: self.launches[key] = AxesLaunch(tables, axes, kernel.layout); return self.launches[key]
+            b = self.backends[tables[0].cohort]
+            self.launches[key] = _backends[b][1](tables, **({'elements':self.elements} if b == 'triton' else {}))
         return self.launches[key]
 
-# %% ../../nbs/engine/07_optimizer.ipynb #f03b018b
+    def part_table(self, c, part):
+        if (c, part) not in self.parts: self.parts[c, part] = PartTable(self.tables[c], part)
+        return self.parts[c, part]
+
+# %% ../../nbs/engine/07_optimizer.ipynb #b4021ea2
 class _Overflow(Exception): "The step must not happen"
 
 class FusedOptimizer(TapeOptimizer):
@@ -579,14 +602,15 @@ class FusedOptimizer(TapeOptimizer):
 
     def _prepare(self, work):
         for d in {c.device for c,_,_ in work if c.device.type == 'cuda'}: _refuse_capture(d)
-        self._plan.forms = forms = [self._plan.form(c, tape) for c,tape,_ in work]
-        if self._amp and not all(forms): # some tape has no kernel
+        self._plan.forms = forms = [None if tape.opaque else self._plan.form(c, tape) for c,tape,_ in work]
+        if self._amp and not all(forms): # some tape has no kernel, or more than one
             if not self._unscale(*self._amp): raise _Overflow
             self._amp = None
-        for (c,_,_),form in zip(work, forms):
-            if not form: continue
-            kernel = self._plan.kernel(c, form[0])
-            if self._plan.backends[c] == 'triton': warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
+        for (c,tape,_),form in zip(work, forms):
+            parts = [form] if form else [self._plan.form(c, part.of(tape)) for part in cut_tape(tape).parts if part] if tape.opaque else []
+            for form in filter(None, parts):
+                kernel = self._plan.kernel(c, form[0])
+                if self._plan.backends[c] == 'triton': warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
         if self._amp: self._remember(work)
 
     def _remember(self, work):
@@ -605,23 +629,38 @@ class FusedOptimizer(TapeOptimizer):
         if c in self._plan.tables: self._plan.tables[c].reset()
 
     def _run(self, work):
-        groups,plan,copies = defaultdict(list),self._plan,[]
+        plan,copies,jobs,cuts = self._plan,[],[],[]
         for (c,tape,_),form in zip(work, plan.forms):
-            if form:
-                groups[(form[0].key, c.device) if len(work) > 1 else None].append((c, *form))
-                if plan.how[c] == 'copy': copies.append((tape, *plan.tables[c].copied_grads()))
-            else: run_foreach(tape, c.tensors(), c in plan.one_by_one)
-        for pairs in groups.values():
-            cohorts,tapes,axes = zip(*pairs)
-            for c in cohorts: # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
-                torch.autograd.graph.increment_version(c.params)
-                if tapes[0].known()[1]: torch.autograd.graph.increment_version(plan.tables[c].grads)
-            amp = self._amp and tuple(t.to(cohorts[0].device, non_blocking=True) for t in self._amp)
-            kernel = plan.kernel(cohorts[0], tapes[0])
-            plan.launch(cohorts, axes, kernel)(kernel, tapes, *([amp] if amp else []))
+            if c not in plan.tables or not (form or tape.opaque): run_foreach(tape, c.tensors(), c in plan.one_by_one, plan.pools[c]); continue
+            if plan.how[c] == 'copy': copies.append((tape, *plan.tables[c].copied_grads()))
+            torch.autograd.graph.increment_version(c.params) # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
+            if tape.known()[1]: torch.autograd.graph.increment_version(plan.tables[c].grads)
+            if form: jobs.append((plan.tables[c], *form))
+            else: cuts.append((c, CutRun(tape, [c.params, copies[-1][2] if plan.how[c] == 'copy' else plan.tables[c].grads, *c.tensors()[2:]], plan.pools[c])))
+        self._launch(jobs)
+        for k in range(max((run.cut.n for _,run in cuts), default=0)):
+            jobs = []
+            for c,run in cuts:
+                if k >= run.cut.n or (part := run.part(k)) is None: continue
+                if form := plan.form(c, part): jobs.append((plan.part_table(c, run.cut.parts[k]).fill(run.lists(k)), *form))
+                else: run_foreach(part, run.lists(k))
+            self._launch(jobs)
+            for _,run in cuts:
+                if k < run.cut.n: run.call(k)
+        for _,run in cuts: run.end()
         for tape,grads,new in copies: # a stepper that changes gradients changes the real ones
             if tape.known()[1]: torch._foreach_copy_(grads, new)
         for t in plan.tables.values(): t.release()
+
+    def _launch(self, jobs):
+        "Run (table, tape, axes) triples; those with one kernel together"
+        groups = defaultdict(list)
+        for job in jobs: groups[(job[1].key, job[0].cohort.device) if len(jobs) > 1 else None].append(job)
+        for group in groups.values():
+            tables,tapes,axes = zip(*group)
+            amp = self._amp and tuple(t.to(tables[0].cohort.device, non_blocking=True) for t in self._amp)
+            kernel = self._plan.kernel(tables[0].cohort, tapes[0])
+            self._plan.launch(list(tables), axes, kernel)(kernel, tapes, *([amp] if amp else []))
 
     def _write(self, c, numbers):
         if c in self._plan.tables: self._plan.tables[c].write(numbers)

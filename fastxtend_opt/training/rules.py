@@ -16,10 +16,10 @@ from ..engine.registry import OPTIONS, Within, as_groups, hyper_ranges, valid_hy
 from fastxtend_opt.engine.rules import (ShowRules, check_pattern, freeze_param, inner_opt_func, inner_stepper, matches, on_rule, opt_func_text, param_infos, pattern_text,
     rule_table, thaw_params)
 
-# %% ../../nbs/training/rules.ipynb #05351639
+# %% ../../nbs/training/rules.ipynb #e209bd64
 _classes = (NativeOptimizer, ForEachOptimizer, JitOptimizer, FusedOptimizer)
 _own = ('lr_mult','freeze','do_wd','opt_func') # Settings that are not the algorithm's
-_known = {'cbs','state','_state','_by_shape','param_lists','hypers','frozen_idx','storage','backend','decouple_lr','max_lr_given','learner_cbs','wd_warned','after_step','fixed_state','_rules'}
+_known = {'cbs','state','_state','_by_shape','param_lists','hypers','frozen_idx','storage','backend','decouple_lr','max_lr_given','learner_cbs','wd_warned','after_step','fixed_state','_rules','muon_why'}
 
 class Rule:
     "A pattern and what it says"
@@ -156,7 +156,7 @@ class _Decided:
         table.rows.sort(key=lambda r: order[r['rule']])
         return table
 
-# %% ../../nbs/training/rules.ipynb #abf71f55
+# %% ../../nbs/training/rules.ipynb #ec9826e4
 def _numbered(parts):
     "(label, optimizer, settings, lr_mult) of each sort -> the names that its hyperparameters have in the groups, and the values of all"
     last = max(parts, key=lambda o: o['rule'])
@@ -187,7 +187,8 @@ def _make(table, show, options, params, lr=None, **more):
         _check_part(opt, parts[0]['opt'] if parts else opt, _label(table[i].opt_func))
         if 'do_wd' in settings: own = {**own, 'do_wd':settings['do_wd']}
         f = inner_opt_func(table[i].opt_func)
-        parts.append(dict(rule=i, opt=opt, settings=own, lr_mult=settings.get('lr_mult', 1.), mine=sorted(mine), name=getattr(f, '__name__', type(f).__name__).lower(), groups={infos[j].group for j in mine}, label=_label(table[i].opt_func)))
+        fixed = [{}]*len(infos) if opt.fixed_state is None else table[i].opt_func(groups, lr=lr, **options).fixed_state # what it decides itself, it decides in view of the whole model
+        parts.append(dict(rule=i, opt=opt, fixed=fixed, settings=own, lr_mult=settings.get('lr_mult', 1.), mine=sorted(mine), name=getattr(f, '__name__', type(f).__name__).lower(), groups={infos[j].group for j in mine}, label=_label(table[i].opt_func)))
     return _join(table, groups, infos, choices, parts, keys, show)
 
 def _join(table, groups, infos, choices, parts, keys, show):
@@ -199,13 +200,13 @@ def _join(table, groups, infos, choices, parts, keys, show):
         same = next((s for s in steps if len(s[0])==len(o['opt'].cbs) and all(map(_equal, s[0], o['opt'].cbs))), None)
         if same: same[1][n] = own
         else: steps.append((list(o['opt'].cbs), {n:own}))
-        for j,st in zip(o['mine'], o['opt'].fixed_state or [{}]*len(o['mine'])): fixed[j] = {**st, 'rule':n}
+        for j in o['mine']: fixed[j] = {**o['fixed'][j], 'rule':n}
         if o['opt'].after_step is not None: after.append(((n,), o['opt'].after_step))
     for j,c in enumerate(choices):
         n = fixed[j]['rule']
         o = parts[n] if n>=0 else None
         wd = None if o is None or 'wd' not in o['opt'].hypers[0] else o['settings']['wd'] if 'wd' in o['settings'] else names[n]['wd']
-        other = ', '.join(f'{k}={v}' for k,v in (o['settings'] if o else {}).items() if k not in ('wd','do_wd'))
+        other = ', '.join(f'{k}={v}' for k,v in {**(o['settings'] if o else {}), **fixed[j]}.items() if k not in ('wd','do_wd','rule'))
         cells[j] = dict(rule=' + '.join(table[i].text for i in c.by), at=c.by, algorithm='' if o is None else o['label'] + (f' with {other}' if other else ''), wd=wd,
                         do_wd=o['settings'].get('do_wd') if o else None, lr_mult=o['lr_mult'] if o else '')
     opt = type(first)([g['params'] for g in groups], [on_rule(cb, 'rule', owns) for cbs,owns in steps for cb in cbs], **hypers)
