@@ -95,7 +95,7 @@ def pattern_text(
     if isinstance(pattern, (tuple,list)): return ', '.join(map(pattern_text, pattern))
     return getattr(pattern, '__name__', None) or type(pattern).__name__
 
-# %% ../../nbs/engine/09_rules.ipynb #507bced8
+# %% ../../nbs/engine/09_rules.ipynb #69744aa2
 def run_on_rule(
     cb, # The stepper
     key:str, # Name of a number in the state
@@ -105,6 +105,7 @@ def run_on_rule(
 ): # What `cb` returns
     "Run `cb` for parameters whose number `key` is in `own`"
     if (mine := own.get(kwargs.get(key))) is None: return
+    if (hidden := getattr(mine, 'hides', None)): kwargs = {k:v for k,v in kwargs.items() if k not in hidden} # hyperparameters of others
     fixed = kwargs.get('rule_settings', {}) # what `rules` says explicitly holds against any `own` inside
     return cb(p, **{**kwargs, **(mine(kwargs) if callable(mine) else mine), **fixed})
 

@@ -118,10 +118,10 @@ def _check_part(opt, first, label):
 
 def _storage(opt): return {k:str(v) for k,v in vars(opt.storage).items()} if opt.storage else None
 
-# %% ../../nbs/training/rules.ipynb #7def2f7c
+# %% ../../nbs/training/rules.ipynb #d196ef21
 class _Own:
     "Hyperparameters of one sort of parameters, from those of the group"
-    def __init__(self, names, settings, lr_mult): self.names,self.settings,self.lr_mult = names,settings,lr_mult
+    def __init__(self, names, settings, lr_mult, hides): self.names,self.settings,self.lr_mult,self.hides = names,settings,lr_mult,hides
     def __call__(self, hypers):
         res = {k:hypers[o] for k,o in self.names.items() if o in hypers}
         if self.lr_mult!=1.: res.update({k:hypers[k]*self.lr_mult for k in ('lr','max_lr') if hypers.get(k) is not None})
@@ -156,7 +156,7 @@ class _Decided:
         table.rows.sort(key=lambda r: order[r['rule']])
         return table
 
-# %% ../../nbs/training/rules.ipynb #ec9826e4
+# %% ../../nbs/training/rules.ipynb #e746cce9
 def _numbered(parts):
     "(label, optimizer, settings, lr_mult) of each sort -> the names that its hyperparameters have in the groups, and the values of all"
     last = max(parts, key=lambda o: o['rule'])
@@ -196,7 +196,7 @@ def _join(table, groups, infos, choices, parts, keys, show):
     first,fixed,cells = parts[0]['opt'],[{'rule':-1} for _ in infos],[None]*len(infos)
     steps,after = [],[]
     for n,(o,mine) in enumerate(zip(parts, names)):
-        own = _Own({k:v for k,v in mine.items() if k!=v}, o['settings'], o['lr_mult'])
+        own = _Own({k:v for k,v in mine.items() if k!=v}, o['settings'], o['lr_mult'], {k for k in hypers if '@' not in k and k not in o['opt'].hypers[0]})
         same = next((s for s in steps if len(s[0])==len(o['opt'].cbs) and all(map(_equal, s[0], o['opt'].cbs))), None)
         if same: same[1][n] = own
         else: steps.append((list(o['opt'].cbs), {n:own}))
