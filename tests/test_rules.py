@@ -12,6 +12,7 @@ from fastxtend_opt.algorithms.lion import Lion,lion
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.algorithms.ranger import ranger
 from fastxtend_opt.algorithms.schedulefree import schedule_free
+from fastxtend_opt.algorithms.muon import muon
 from fastxtend_opt.algorithms.sgd import SGD,sgd
 from fastxtend_opt.algorithms.swats import SWATS,swats
 from fastxtend_opt.engine.registry import make_optimizer
@@ -218,6 +219,31 @@ def test_reductions_and_signs_together(mode):
         go(opt, [i]); GradStream(5).set(list(b.parameters()), i)
         for o in subs: o.step()
     assert_same(values(a.parameters()), values(b.parameters()), **(dict(rtol=1e-9, atol=1e-11) if mode=='triton' else TOL[torch.float64]))
+
+def hidden(p, lr, eps=1., **kwargs): p.data.sub_(p.grad.data, alpha=lr*eps)
+
+@modes
+def test_hyperparameters_of_others_are_hidden(mode):
+    "A stepper with a default of its own does not see what another algorithm calls the same"
+    m = net(); ps = list(m.parameters())
+    opt = make(m, {'*.bias': lambda p, lr, **kw: make_optimizer(p, [hidden], lr=lr, **kw), '*': adam(eps=1e-3)}, mode); assert 'eps' in opt.hypers[0]
+    before = values(ps); go(opt, [0]); assert_same(ps[2].detach(), before[2]-.01*ps[2].grad, **TOL[torch.float64])
+
+@pytest.mark.parametrize('mode', ['native','foreach','fused'])
+def test_muon_decides_in_view_of_the_whole_model(mode):
+    "Rules for some of its matrices, and Adam for others, change nothing of which Muon takes; all in one optimizer is as alone"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb,self.l1,self.norm,self.l2,self.head = nn.Embedding(9,6),nn.Linear(6,5),nn.LayerNorm(5),nn.Linear(5,5),nn.Linear(5,3)
+    def run(f):
+        torch.manual_seed(1); m = Net().double()
+        with backend_of(mode),naming(m): opt = f(m.parameters(), lr=.01, **flags(mode))
+        go(opt, range(4)); return m,opt
+    (a,x),(b,y),(c,_) = run(muon(wd=.1)),run(rules({'*': muon(wd=.1)})),run(rules({'head.*': adam(), 'l1.*': dict(lr_mult=.5), '*bias': dict(wd=0), '*': muon(wd=.1)}))
+    assert_bitwise(values(a.parameters()), values(b.parameters()))
+    assert_bitwise(values([a.l2.weight, a.emb.weight]), values([c.l2.weight, c.emb.weight]))
+    assert any('use_muon=True' in r['algorithm'] for r in y.rules.rows) and any('use_muon=False' in r['algorithm'] for r in y.rules.rows)
 
 # ---------------------------------------------------------------- errors and warnings
 def errors():

@@ -294,7 +294,7 @@ register(AdamWScheduleFree, name='adamw_schedulefree', title='Schedule-free Adam
 register(RAdamScheduleFree, name='radam_schedulefree', title='Schedule-free RAdam', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.RAdamScheduleFree', **_paper)
 sgd_schedulefree,adamw_schedulefree,radam_schedulefree = map(factory, (SGDScheduleFree, AdamWScheduleFree, RAdamScheduleFree))
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #f86045ce
+# %% ../../nbs/algorithms/schedulefree.ipynb #2f75515c
 def _no_average(p, **kwargs):
     "The gradient itself in the place of its average, for this step"
     return {'grad_avg': p.grad.data.clone(), 'sf_bare': True}
@@ -316,7 +316,7 @@ class _Interpolated:
     "A list of steppers that moves z, round which the average is taken"
     def __init__(self, cbs):
         self.cbs,own = [],{}
-        for cb in cbs: own.setdefault(_whose(cb), {}).update(_momentum.get(inner_stepper(cb), (cb, {}))[1])
+        for cb in cbs: own.setdefault(_whose(cb), {}).update(_momentum.get(inner_stepper(cb), (cb, getattr(inner_stepper(cb), 'no_momentum', {})))[1])
         for cb in cbs:
             f,_ = _momentum.get(inner_stepper(cb), (cb, {}))
             hypers = own[_whose(cb)]

@@ -18,7 +18,7 @@ from ..algorithms.lookahead import lookahead
 from ..algorithms.schedulefree import schedule_free
 from .rules import rules
 
-# %% ../../nbs/training/composition.ipynb #74bc5682
+# %% ../../nbs/training/composition.ipynb #bd574dc1
 wrappers = dict(lookahead=lookahead, cautious=cautious, schedule_free=schedule_free, centralize=centralize, rules=lambda f: rules({'*': f}, show=False)) # Name of a wrapper -> it, as a function of an `opt_func`
 
 def why_not(
@@ -32,7 +32,7 @@ def why_not(
         for i in range(3):
             p.grad = torch.linspace(-1, i, 6).view(3, 2)
             opt.step()
-    except (TypeError,ValueError) as e: return str(e)
+    except (TypeError,ValueError,RuntimeError) as e: return str(e)
     return ''
 
 def composition_table(
@@ -50,7 +50,8 @@ def refusals(
     "Why some wrappers do not go round others"
     return RuleTable([{'written':f'{n}({k}(...))', 'why not':e} for k,i in wrappers.items() for n,w in wrappers.items() if (e := why_not(w, i(base())))])
 
-# %% ../../nbs/training/composition.ipynb #1786992b
+# %% ../../nbs/training/composition.ipynb #16ebac7d
 def algorithm_refusals()->RuleTable: # A row for each optimizer and wrapper
     "Optimizers of the registry that a wrapper can't go round, and why"
-    return RuleTable([{'written':f'{n}({r.name}())', 'why not':e} for r in list_optimizers() for n,w in wrappers.items() if (e := why_not(w, r.factory()))])
+    return RuleTable([{'written':f'{n}({r.name}())', 'why not':e} for r in list_optimizers() if not why_not(lambda f: f, r.factory())
+                      for n,w in wrappers.items() if (e := why_not(w, r.factory()))])
