@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['centralize_grad', 'centralize']
 
-# %% ../../nbs/algorithms/centralize.ipynb #4a55897c
+# %% ../../nbs/algorithms/centralize.ipynb #9804289d
 from functools import partial
 import torch
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer
-from .lookahead import Lookahead
 
 # %% ../../nbs/algorithms/centralize.ipynb #1a5ba746
 def centralize_grad(
@@ -20,7 +19,7 @@ def centralize_grad(
     "Take the mean over all axes but the first off the gradient"
     if p.ndim>1: p.grad.data.sub_(p.grad.data.mean(tuple(range(1, p.ndim)), keepdim=True))
 
-# %% ../../nbs/algorithms/centralize.ipynb #98fc5e0a
+# %% ../../nbs/algorithms/centralize.ipynb #c6f59461
 def centralize(
     opt_func # What a `Learner` takes as `opt_func`: `adam(fused=True)`
 )->partial: # An `opt_func`
@@ -31,7 +30,7 @@ def centralize(
 def _centralized(opt_func, params, *args, **kwargs):
     opt = opt_func(params, *args, **kwargs)
     inner = opt
-    while isinstance(inner, Lookahead): inner = inner.opt
+    while 'cbs' not in inner.__dict__ and isinstance(inner.__dict__.get('opt'), Optimizer): inner = inner.opt # a wrapper
     if not isinstance(inner, Optimizer) or 'cbs' not in inner.__dict__: raise TypeError(f"centralize can't go round {type(inner).__name__}: it is no list of steppers. Take an optimizer of this package, or fastai's.")
     if centralize_grad in inner.cbs: raise TypeError("centralize can't go round centralize: a gradient without a mean has none to take off. Leave one out.")
     inner.cbs = L(centralize_grad) + inner.cbs

@@ -18,7 +18,7 @@ from ..algorithms.lookahead import lookahead
 from ..algorithms.schedulefree import schedule_free
 from .rules import rules
 
-# %% ../../nbs/training/composition.ipynb #bd574dc1
+# %% ../../nbs/training/composition.ipynb #8df3bd35
 wrappers = dict(lookahead=lookahead, cautious=cautious, schedule_free=schedule_free, centralize=centralize, rules=lambda f: rules({'*': f}, show=False)) # Name of a wrapper -> it, as a function of an `opt_func`
 
 def why_not(
@@ -31,6 +31,7 @@ def why_not(
         opt = wrapper(opt_func)([p], lr=.01)
         for i in range(3):
             p.grad = torch.linspace(-1, i, 6).view(3, 2)
+            if hasattr(opt, 'first_step'): opt.first_step() # of two passes
             opt.step()
     except (TypeError,ValueError,RuntimeError) as e: return str(e)
     return ''
