@@ -1,5 +1,5 @@
 """Wrappers round each other: as native in every mode, as the formulas say, one fused step; checkpoints go on bit for bit; what has no meaning is refused with a reason."""
-import copy,pickle
+import copy,pickle,warnings
 import fastai.optimizer as fo,pytest,torch
 from torch import nn
 from fastxtend_opt.algorithms.adam import Adam,adam
@@ -36,7 +36,8 @@ PAIRS = {
     'cautious(rules)': cautious(rules({flat: dict(wd=0), '*': adam(wd=.1)})),
     'schedule_free(rules)': schedule_free(rules({flat: adam(wd=.1), '*': lion(wd=.1)})),
     'lookahead(cautious(centralize(rules)))': lookahead(cautious(centralize(rules({flat: dict(wd=0), '*': adam(wd=.1)}))), k=3)}
-pairs,modes = pytest.mark.parametrize('pair', list(PAIRS)),pytest.mark.parametrize('mode', ALL_MODES)
+pairs = pytest.mark.parametrize('pair', list(PAIRS))
+modes = pytest.mark.parametrize('mode', [pytest.param(m, marks=pytest.mark.slow if m in ('jit','triton') else ()) for m in ALL_MODES])
 QUICK = ('lookahead(cautious(adam))','schedule_free(rules)')
 both = pytest.mark.parametrize('pair,mode', [pytest.param(p, m, marks=() if m in ('native','foreach') or (p in QUICK and m!='triton') else pytest.mark.slow) for p in PAIRS for m in ALL_MODES])
 
@@ -112,14 +113,13 @@ def test_centralize_round_fastais_own():
 # ---------------------------------------------------------------- one step
 @pytest.mark.parametrize('pair', ['lookahead(cautious(adam))','centralize(schedule_free(lion))','lookahead(cautious(centralize(rules)))'])
 def test_one_launch_when_fused(pair):
-    "A launch for each tape, none for each wrapper: as many as the algorithm has without them"
-    def launches(f):
-        ps = [p for p in small(torch.float32) if p.ndim>1]
-        with backend_of('fused'): opt = f(ps, lr=.01, fused=True)
-        inner = go(opt, range(8)); inner = getattr(opt, 'opt', opt)
-        assert all(inner._plan.forms)
-        return len(inner._plan.launches),len(inner._cohorts())
-    assert launches(PAIRS[pair])[0]<=len(SHAPES_C)-2
+    "For all parameters, and none more for a wrapper"
+    ps = [p for p in small(torch.float32) if p.ndim>1]
+    with backend_of('fused'),warnings.catch_warnings():
+        warnings.simplefilter('ignore') # of rules for what has fewer axes
+        opt = PAIRS[pair](ps, lr=.01, fused=True)
+    inner = getattr(go(opt, range(8)), 'opt', opt)
+    assert all(inner._plan.forms) and len(inner._plan.launches)==1
 
 @modes
 def test_gradient_release(mode):
