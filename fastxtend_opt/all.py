@@ -59,7 +59,10 @@ from .algorithms.muon import *
 from .algorithms.cautious import *
 from .algorithms.shampoo import *
 from .algorithms.soap import *
+from .algorithms.centralize import *
 from .training.schedule import *
+from .training.rules import *
+from .training.composition import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
 from .training.gradient_release import *

@@ -96,7 +96,7 @@ def muon_decay(
     "Decay by the rate of the step"
     if wd!=0: weight_decay(p, lr=lr if aux_lr_scale==1 or _muon(p, use_muon) else lr*aux_lr_scale, wd=wd, do_wd=do_wd)
 
-# %% ../../nbs/algorithms/muon.ipynb #a9856424
+# %% ../../nbs/algorithms/muon.ipynb #dda34db5
 def muon_averages(
     p, # The parameter
     mom:float, # Moving average coefficient of the gradient (μ)
@@ -111,6 +111,8 @@ def muon_averages(
     "Average of the gradient, and for Adam that of its square"
     if _muon(p, use_muon): return average_grad(p, mom=mom, dampening=True, grad_avg=grad_avg)
     return {**step_stat(p, step=step), **average_grad(p, mom=aux_mom, dampening=True, grad_avg=grad_avg), **average_sqr_grad(p, sqr_mom=aux_sqr_mom, sqr_avg=sqr_avg)}
+
+muon_averages.no_momentum = dict(mom=0., aux_mom=0.) # schedule-free has it in its own way
 
 # %% ../../nbs/algorithms/muon.ipynb #a8f2874e
 def muon_step(

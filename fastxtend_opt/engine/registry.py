@@ -21,7 +21,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Optimizer, pytorch_hp_map, weight_decay, l2_reg
 from .optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, Storage
 from .tape import UnsupportedError
-from .rules import inner_stepper, naming, rule_cases, run_on_rule, thaw_params, within_rule
+from .rules import inner_stepper, naming, refuses, rule_cases, thaw_params, within_rule
 
 # %% ../../nbs/engine/08_registry.ipynb #7f350466
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def _decouple_lr(cbs):
                          "add fastai's `weight_decay`, or mark your own with `@decays_weights`.")
     return [within_rule(cb, lambda f: partial(fully_decoupled, f)) if m else cb for cb,m in zip(cbs, marked)]
 
-# %% ../../nbs/engine/08_registry.ipynb #583948fa
+# %% ../../nbs/engine/08_registry.ipynb #499c5cc4
 def cautious_step(
     cb, # A stepper that changes the parameter
     p, # The parameter
@@ -217,6 +217,7 @@ def cautious_step(
     return new
 
 cautious_step.wraps_stepper = cautious_step.masks_step = True # said to the engine, which looks at the stepper inside
+refuses(cautious_step, schedule_free='it is cautious, and without momentum each step goes along its gradient: there is nothing to mask.');
 
 # %% ../../nbs/engine/08_registry.ipynb #7b1336ee
 def _copied(state): return {k:v.clone() if isinstance(v, Tensor) else v for k,v in state.items()}

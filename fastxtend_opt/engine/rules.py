@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ParamInfo', 'naming', 'param_infos', 'check_pattern', 'matches', 'pattern_text', 'run_on_rule', 'on_rule',
-           'inner_stepper', 'within_rule', 'rule_cases', 'RuleTable', 'rule_table', 'ShowRules', 'freeze_param',
-           'thaw_params']
+           'inner_stepper', 'within_rule', 'rule_cases', 'refuses', 'check_round', 'inner_opt_func', 'opt_func_text',
+           'RuleTable', 'rule_table', 'ShowRules', 'freeze_param', 'thaw_params']
 
 # %% ../../nbs/engine/09_rules.ipynb #e4311661
 from collections import namedtuple
@@ -95,7 +95,7 @@ def pattern_text(
     if isinstance(pattern, (tuple,list)): return ', '.join(map(pattern_text, pattern))
     return getattr(pattern, '__name__', None) or type(pattern).__name__
 
-# %% ../../nbs/engine/09_rules.ipynb #507bced8
+# %% ../../nbs/engine/09_rules.ipynb #69744aa2
 def run_on_rule(
     cb, # The stepper
     key:str, # Name of a number in the state
@@ -105,6 +105,7 @@ def run_on_rule(
 ): # What `cb` returns
     "Run `cb` for parameters whose number `key` is in `own`"
     if (mine := own.get(kwargs.get(key))) is None: return
+    if (hidden := getattr(mine, 'hides', None)): kwargs = {k:v for k,v in kwargs.items() if k not in hidden} # hyperparameters of others
     fixed = kwargs.get('rule_settings', {}) # what `rules` says explicitly holds against any `own` inside
     return cb(p, **{**kwargs, **(mine(kwargs) if callable(mine) else mine), **fixed})
 
@@ -150,6 +151,49 @@ def rule_cases(
             cb = cb.args[0] if _wraps(cb) else cb.func
         res += [o for o in case if o not in res]
     return [o for o in res if not any(o != x and o.items() <= x.items() for x in res)]
+
+# %% ../../nbs/engine/09_rules.ipynb #4cd4e7b3
+def refuses(
+    f, # A stepper, a wrapper of steppers, or a class of optimizers
+    **why # Name of a wrapper, such as `schedule_free`, and why it can't go round
+): # `f`, marked
+    "Say which wrappers have no meaning round `f`"
+    f.refuses = {**getattr(f, 'refuses', {}), **why}
+    return f
+
+def _layers(cb):
+    while isinstance(cb, partial):
+        yield cb.func
+        cb = cb.args[0] if _wraps(cb) else cb.func
+    yield cb
+
+def check_round(
+    wrapper:str, # Name of the wrapper: `schedule_free`
+    opt # Optimizer that it is to go round
+):
+    "Raise a `TypeError` that says why `wrapper` can't go round `opt`, if so"
+    for cb in [type(opt), *getattr(opt, 'cbs', ())]:
+        for f in _layers(cb):
+            if (why := getattr(f, 'refuses', {}).get(wrapper)): raise TypeError(f"{wrapper} can't go round {'' if isinstance(f, type) else 'stepper '}{getattr(f, '__name__', type(f).__name__)}: {why}")
+
+# %% ../../nbs/engine/09_rules.ipynb #7a6a188b
+def inner_opt_func(
+    f # An `opt_func`
+): # The function of the algorithm
+    "What is inside all partials and wrappers of an `opt_func`"
+    while isinstance(f, partial): f = f.args[0] if hasattr(f.func, 'wraps_opt_func') else f.func
+    return f
+
+def opt_func_text(
+    f, # An `opt_func`
+    leave=() # Names of arguments to leave out
+)->str: # As it would be written, about
+    "An `opt_func` as text"
+    name = getattr(f, 'wraps_opt_func', None) or getattr(f, '__name__', type(f).__name__)
+    if not isinstance(f, partial): return name
+    given = ', '.join(f'{k}={v:g}' if isinstance(v, float) else f'{k}={v}' for k,v in f.keywords.items() if k not in leave and isinstance(v, (int,float,str)))
+    if hasattr(f.func, 'wraps_opt_func'): return f"{f.func.wraps_opt_func}({opt_func_text(f.args[0], leave)})"
+    return f"{opt_func_text(f.func, leave)}({given})" if given else opt_func_text(f.func, leave)
 
 # %% ../../nbs/engine/09_rules.ipynb #b2dd54e4
 class RuleTable:
