@@ -140,9 +140,14 @@ def tolerance(dtype, scen, name=''):
     tol = TOL[dtype]
     return {**tol, 'atol': tol['atol']*(1e3 if scen=='spikes' else dict(aggmo=10, apollo=100).get(name, 1))}
 
+def comparable(snap, name, dtype):
+    "A snapshot without the state that rounding decides in float32 (`ROUNDED` of the oracle's module)"
+    names = () if dtype is torch.float64 else getattr(oracles.load().get(name), 'ROUNDED', ())
+    return {**snap, 'opt':{**snap['opt'], 'state':[{k:v for k,v in st.items() if k not in names} for st in snap['opt']['state']]}} if names else snap
+
 def check(name, mode, option, decay, dtype, scen):
     got,ref = trajectory.__wrapped__(name, mode, option, decay, dtype, scen),trajectory(name, 'native', option, decay, dtype, scen)
-    for i in AT: assert_same(got[i], ref[i], **tolerance(dtype, scen, name), path=f'step {i}')
+    for i in AT: assert_same(*(comparable(o[i], name, dtype) for o in (got, ref)), **tolerance(dtype, scen, name), path=f'step {i}')
 
 DT = {'f32': torch.float32, 'f64': torch.float64}
 def diverges(n, o, d, t, s):

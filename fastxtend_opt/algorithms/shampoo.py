@@ -251,7 +251,7 @@ hyper_ranges.update(
     precondition_frequency=Within(1, whole=True, tip='It is the number of steps from one decomposition to the next: 1 for each step, 10 is usual for SOAP.'),
     max_precond_dim=Within(0, whole=True, tip='It is the length of the longest axis that has a matrix, 0 for none.'))
 
-# %% ../../nbs/algorithms/shampoo.ipynb #c0b74fe3
+# %% ../../nbs/algorithms/shampoo.ipynb #518261ea
 @options
 def Shampoo(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -274,7 +274,7 @@ def Shampoo(
     def _cells(i, out):
         o = infos[i]
         n = 0 if out else sum(1 < n <= opt.hypers[o.group]['max_precond_dim'] for n in o.param.shape)
-        return dict(rule='diagonals, by the pattern' if out else 'diagonals' if n==0 else 'a matrix an axis' if n==o.param.ndim else 'matrices for some axes')
+        return dict(rule='diagonals, by the pattern' if out else 'diagonals' if n==0 else 'a matrix an axis' if n==sum(k>1 for k in o.param.shape) else 'matrices for some axes')
     return leave_out(opt, groups, aux, _cells)
 
 # %% ../../nbs/algorithms/shampoo.ipynb #1755156c

@@ -6,6 +6,7 @@
     DEFAULTS    the function's hyperparameters and defaults as the specification has them, in order, without `decouple_wd`
     PEERS       other libraries: (function made by `peer`, hyperparameters, names of the decays in which both agree)
     DEVIATIONS  ports that differ, as the page says: (function made by `peer`, hyperparameters, least distance seen, relative to the way)
+    ROUNDED     names of state that rounding decides in float32, so that modes are not compared by it there (default: none)
     SIGNED      does the last bit of a sum decide the direction of a step? (default: no)
 
 The older ones stand in `test_oracles.py` itself."""
