@@ -180,7 +180,7 @@ def test_state_is_what_the_row_says(name):
     opt.step()
     assert {k for k,v in opt.state[params[0]].items() if isinstance(v, torch.Tensor)} <= set(ROWS[name].state)
 
-DOWN = dict(adadelta=1.) # its first steps are lr*.003
+DOWN = dict(adadelta=1., muon=1.) # its first steps are lr*.003; a vector's rate is lr*.015
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine

@@ -114,7 +114,7 @@ def muon_averages(
 
 muon_averages.no_momentum = dict(mom=0., aux_mom=0.) # schedule-free has it in its own way
 
-# %% ../../nbs/algorithms/muon.ipynb #a8f2874e
+# %% ../../nbs/algorithms/muon.ipynb #208f6459
 def muon_step(
     p, # The parameter
     lr:float, # Learning rate (η)
@@ -132,10 +132,10 @@ def muon_step(
     **kwargs
 ):
     "A step along the orthogonal matrix, or one of Adam"
-    if not _muon(p, use_muon): return adam_step(p, lr=lr*aux_lr_scale, mom=aux_mom, sqr_mom=aux_sqr_mom, eps=aux_eps, grad_avg=grad_avg, **kwargs)
+    if not _muon(p, use_muon): return adam_step(p, grad_avg=grad_avg, **{**kwargs, 'lr':lr*aux_lr_scale, 'mom':aux_mom, 'sqr_mom':aux_sqr_mom, 'eps':aux_eps})
     u = torch.lerp(p.grad.data, grad_avg, mom) if nesterov else grad_avg
     u = u.to(ns_dtype or torch.promote_types(u.dtype, torch.float32)) # the call's results have its dtype too: half the memory for bfloat16
-    p.data.add_(newton_schulz(u, ns_steps, adjust_lr).to(p.dtype), alpha=-lr)
+    p.data.add_(newton_schulz(u, ns_steps, adjust_lr).to(torch.promote_types(u.dtype, p.dtype)), alpha=-lr)
 
 # %% ../../nbs/algorithms/muon.ipynb #4ae590aa
 def _head(name): return any(o=='head' or o.endswith('_head') or o.startswith('classifier') for o in name.split('.')[:-1])
