@@ -199,16 +199,18 @@ def widen_tape(
     small,f32 = (torch.bfloat16, torch.float16),torch.float32
     cast = {j for j,o in enumerate(tape.ops) if type(o[0]) is str and o[0].startswith(('to_','sround'))}
     if not any(d in small and j not in cast for j,(_,d) in enumerate(tape.types)): return tape
-    ops,types,refs = [],[],{}
+    ops,types,refs,raw = [],[],{},{}
     def add(op, kind, dtype): ops.append(op); types.append((kind, dtype)); return len(ops)-1
     def ref(r):
         if r >= SCALAR_REF: return r
         if r < 0 and r not in refs: refs[r] = add(('to_float32', r), s.kind, f32) if (s := tape.slots[-r-1]).dtype in small else r
         return refs[r]
     for j,(o,(kind,d)) in enumerate(zip(tape.ops, tape.types)):
-        args = tuple(map(ref, o[1:]))
-        refs[j] = add((o[0], *args), kind, d if j in cast or d not in small else f32)
-        if j in cast and d in small: refs[j] = add(('to_float32', refs[j]), kind, f32)
+        called = type(o[0]) is not str # an opaque call, or a result of one: what a stepper has cast for it stays so
+        args = tuple(raw[r] if called and r in raw else ref(r) for r in o[1:])
+        own = j in cast or called and any(r in raw for r in o[1:])
+        refs[j] = add((o[0], *args), kind, d if own or d not in small else f32)
+        if own and d in small: raw[j],refs[j] = refs[j],add(('to_float32', refs[j]), kind, f32)
     res = copy.copy(tape)
     stores = []
     for i,r in tape.stores:
