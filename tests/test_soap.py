@@ -156,7 +156,7 @@ def test_late_gradients_begin_late(f, mode):
 
 @BOTH
 @pytest.mark.parametrize('mode', OURS)
-@pytest.mark.parametrize('kahan_sum', [False,None])
+@pytest.mark.parametrize('kahan_sum', [False, pytest.param(None, marks=pytest.mark.slow)])
 def test_bfloat16_keeps_float32_matrices(f, mode, kahan_sum):
     ps,opt = run(lambda ps: f(ps, .01, kahan_sum=kahan_sum, **KW[f], **flags(mode)), dtype=torch.bfloat16)
     wide,_ = run(lambda ps: f(ps, .01, **KW[f]), dtype=torch.float32)
