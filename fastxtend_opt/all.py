@@ -3,6 +3,7 @@
 Written by hand; `tests/test_package.py` holds it against the modules. The commands (`tools.cli`, `tools.compare`, `tools.demo`) are not part of it."""
 from .engine.ops import *
 from .engine.tape import *
+from .engine.opaque import *
 from .engine.cohort import *
 from .engine.foreach import *
 from .engine.torchscript import *
@@ -11,6 +12,7 @@ from .engine.phases import *
 from .engine.cpp import *
 from .engine.triton import *
 from .engine.fused import *
+from .engine.rules import *
 from .engine.optimizer import *
 from .engine.registry import *
 from .algorithms.sgd import *
@@ -53,12 +55,18 @@ from .algorithms.apollo import *
 from .algorithms.came import *
 from .algorithms.adam_mini import *
 from .algorithms.mars import *
+from .algorithms.muon import *
 from .algorithms.cautious import *
 from .algorithms.prodigy import *
 from .algorithms.adahessian import *
 from .algorithms.sam import *
 from .algorithms.svrg import *
+from .algorithms.shampoo import *
+from .algorithms.soap import *
+from .algorithms.centralize import *
 from .training.schedule import *
+from .training.rules import *
+from .training.composition import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
 from .training.gradient_release import *

@@ -22,6 +22,7 @@ if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = 
 import pytest,torch
 from fastxtend_opt.engine import fused
 from fastxtend_opt.engine.optimizer import dry_run
+from fastxtend_opt.engine.registry import MODES,list_optimizers
 from helpers import CORE,backend_of
 torch.set_num_threads(1)
 fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
@@ -29,9 +30,21 @@ fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs,
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow (the whole cross product, long property tests)')
 
+def _has_modes(item, rows={}):
+    "Does the optimizer of a test have the modes that the test names?"
+    params = getattr(getattr(item, 'callspec', None), 'params', {})
+    if not rows: rows.update((o.name, o) for o in list_optimizers())
+    row = next((rows.get(getattr(params[k], 'name', params[k])) for k in ('name','row','optimizer') if isinstance(getattr(params.get(k), 'name', params.get(k)), str)), None)
+    modes = {'fused' if v=='triton' else v for v in params.values() if isinstance(v, str)} & set(MODES)
+    return row is None or modes <= set(row.modes)
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    "A test marked `engine` runs with the optimizers of `CORE`; with the others when slow tests are asked for"
+def pytest_collection_modifyitems(config, items):
+    "A test marked `engine` runs with the optimizers of `CORE`; with the others when slow tests are asked for. Modes that an optimizer does not have are left out"
+    lacking = [o for o in items if not _has_modes(o)]
+    if lacking:
+        config.hook.pytest_deselected(items=lacking)
+        items[:] = [o for o in items if o not in set(lacking)]
     for item in items:
         if item.get_closest_marker('engine') is None: continue
         params = item.callspec.params

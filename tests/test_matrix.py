@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from fastai.optimizer import Optimizer,weight_decay,l2_reg,average_grad,average_sqr_grad,step_stat,adam_step,sgd_step,momentum_step,debias
 from torch import nn,tensor
 from fastxtend_opt.engine.registry import list_optimizers,get_optimizer
+from fastxtend_opt.engine.tape import kind_of
 import oracles
 from helpers import *
 
@@ -139,9 +140,14 @@ def tolerance(dtype, scen, name=''):
     tol = TOL[dtype]
     return {**tol, 'atol': tol['atol']*(1e3 if scen=='spikes' else dict(aggmo=10, apollo=100).get(name, 1))}
 
+def comparable(snap, name, dtype):
+    "A snapshot without the state that rounding decides in float32 (`ROUNDED` of the oracle's module)"
+    names = () if dtype is torch.float64 else getattr(oracles.load().get(name), 'ROUNDED', ())
+    return {**snap, 'opt':{**snap['opt'], 'state':[{k:v for k,v in st.items() if k not in names} for st in snap['opt']['state']]}} if names else snap
+
 def check(name, mode, option, decay, dtype, scen):
     got,ref = trajectory.__wrapped__(name, mode, option, decay, dtype, scen),trajectory(name, 'native', option, decay, dtype, scen)
-    for i in AT: assert_same(got[i], ref[i], **tolerance(dtype, scen, name), path=f'step {i}')
+    for i in AT: assert_same(*(comparable(o[i], name, dtype) for o in (got, ref)), **tolerance(dtype, scen, name), path=f'step {i}')
 
 DT = {'f32': torch.float32, 'f64': torch.float64}
 def diverges(n, o, d, t, s):
@@ -174,7 +180,7 @@ def test_state_is_what_the_row_says(name):
     opt.step()
     assert {k for k,v in opt.state[params[0]].items() if isinstance(v, torch.Tensor)} <= set(ROWS[name].state)
 
-DOWN = dict(adadelta=1., prodigy=1.) # its first steps are lr*.003; its lr is 1
+DOWN = dict(adadelta=1., prodigy=1., muon=1.) # its first steps are lr*.003; its lr is 1; a vector's rate is lr*.015
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
@@ -235,9 +241,11 @@ def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
         want = [q.detach().to(dtype) for q in twins]
         if name in SIGNS: want = as_signed([p.detach() for p in params], want, LR)
         assert_ulps([p.detach() for p in params], want, 1, cancel, f'step {i} params')
-        got,want = detach_copy(opt.state_dict()),cast(twin.state_dict(), dtype)
-        if ROWS[name].kind=='model': assert_same(got.pop('hypers'), want.pop('hypers'), rtol=1e-5, atol=1e-10) # sums over the model are among them, in another order
-        assert_ulps(got, want, 1, cancel, f'step {i}')
+        got,state = detach_copy(opt.state_dict()),cast(twin.state_dict(), dtype)
+        for p,st,wide in zip(params, state['state'], twin.state_dict()['state']): # matrices stay in float32
+            st.update((k, v.clone()) for k,v in wide.items() if isinstance(v, torch.Tensor) and kind_of(v.shape, p.shape)[0]=='o')
+        if ROWS[name].kind=='model': assert_same(got.pop('hypers'), state.pop('hypers'), rtol=1e-5, atol=1e-10) # sums over the model are among them, in another order
+        assert_ulps(got, state, 1, cancel, f'step {i}')
 
 @pytest.mark.parametrize('mode', ['foreach','jit'])
 @pytest.mark.parametrize('name,decay,dtype', LOWCASES)

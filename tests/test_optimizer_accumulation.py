@@ -21,7 +21,7 @@ from helpers import *
 
 FREE = [r.name for r in list_optimizers() if r.kind=='model' or r.name.endswith('schedulefree') or r.name in ('rprop','adagrad','adadelta','adafactor','grams','apollo')] # without an average of the gradient; its sign decides (Grams); its change is divided by a step that is not made (Apollo)
 NAMES = [r.name for r in list_optimizers() if r.name not in FREE]
-KW = {k:dict(mom=.9) for k in ('sgd','rmsprop','larc','sgdp')}
+KW = {k:dict(mom=.9) for k in ('sgd','rmsprop','larc','sgdp','shampoo')}
 
 def life(name, mode, dtype=torch.float32, n=15, every=3, **kw):
     "Steps of which each third is whole; a tensor without decay, one whose gradient comes late"

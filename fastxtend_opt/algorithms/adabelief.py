@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['adabelief', 'average_variance', 'adabelief_step', 'rectified_belief_step', 'AdaBelief']
 
-# %% ../../nbs/algorithms/adabelief.ipynb #71953914
+# %% ../../nbs/algorithms/adabelief.ipynb #e336066a
 import math
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, step_stat
 from ..engine.registry import make_optimizer, factory, options, register
+from ..engine.rules import refuses
 from .sgd import decay_stepper
 
-# %% ../../nbs/algorithms/adabelief.ipynb #182eba1d
+# %% ../../nbs/algorithms/adabelief.ipynb #33761646
 def average_variance(
     p, # The parameter
     sqr_mom:float, # Moving average coefficient of the squared surprise (β2)
@@ -27,6 +28,8 @@ def average_variance(
     if var_avg is None: var_avg = torch.zeros_like(surprise)
     var_avg.mul_(sqr_mom).addcmul_(surprise, surprise, value=1-sqr_mom).add_(eps)
     return {'var_avg': var_avg}
+
+refuses(average_variance, schedule_free='its divisor is the distance of the gradient from its average, and without momentum there is no average. Take schedule_free(adam()).');
 
 # %% ../../nbs/algorithms/adabelief.ipynb #bdbc372d
 def adabelief_step(

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['REBOUNDS', 'apollo', 'apollo_curvature', 'apollo_rate', 'apollo_step', 'Apollo']
 
-# %% ../../nbs/algorithms/apollo.ipynb #400046d7
+# %% ../../nbs/algorithms/apollo.ipynb #497a4bb5
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat, l2_reg
+from ..engine.rules import refuses
 from ..engine.registry import (Within, hyper_ranges, valid_hyper, make_optimizer, decays_weights, factory, options,
                                            register)
 
@@ -37,7 +38,7 @@ def apollo_rate(
     if init_lr is None: init_lr = lr/1000
     return init_lr + (lr-init_lr)*(step-1)/warmup if step-1<warmup else lr
 
-# %% ../../nbs/algorithms/apollo.ipynb #4eecb763
+# %% ../../nbs/algorithms/apollo.ipynb #7a1c22aa
 @decays_weights
 def apollo_step(
     p, # The parameter
@@ -67,6 +68,8 @@ def apollo_step(
     if decouple_wd and do_wd and wd!=0: update.add_(p.data, alpha=wd)
     p.data.add_(update, alpha=-apollo_rate(lr, step, warmup, init_lr))
     return {'grad_avg': grad_avg, 'approx_hess': approx_hess, 'update': update}
+
+refuses(apollo_step, schedule_free='its curvature comes from the difference of two averaged gradients over the step between them, and schedule-free takes gradients at other points than it steps. Take schedule_free(adam()).');
 
 # %% ../../nbs/algorithms/apollo.ipynb #e21cd032
 hyper_ranges.update(warmup=Within(0, whole=True, tip='It is a number of steps; 0 for no warm-up.'),

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['madgrad', 'dual_sums', 'madgrad_step', 'madgrad_plain_step', 'MADGRAD']
 
-# %% ../../nbs/algorithms/madgrad.ipynb #d09ede2f
+# %% ../../nbs/algorithms/madgrad.ipynb #9cdb8710
 import math
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, l2_reg, step_stat
 from ..engine.registry import make_optimizer, as_groups, decays_weights, in_use, factory, options, register
+from ..engine.rules import refuses
 
 # %% ../../nbs/algorithms/madgrad.ipynb #109655dd
 def _stable(lr, eps): return lr+eps if lr else 0.
@@ -37,7 +38,7 @@ def dual_sums(
     s.add_(grad, alpha=weight)
     return {'grad_sum_sq': grad_sum_sq, 's': s}
 
-# %% ../../nbs/algorithms/madgrad.ipynb #a88ebf6a
+# %% ../../nbs/algorithms/madgrad.ipynb #e520f991
 @decays_weights
 def madgrad_step(
     p, # The parameter
@@ -59,6 +60,8 @@ def madgrad_step(
     if decouple_wd and do_wd and wd!=0: way.add_(p.data, alpha=-wd*(lr if decouple_lr else _stable(lr, eps)))
     p.data.add_(way)
     return {'x0': x0}
+
+refuses(madgrad_step, schedule_free='its momentum is an average of the weights, which schedule-free has in the place of it. Take schedule_free(madgrad(mom=0)).');
 
 # %% ../../nbs/algorithms/madgrad.ipynb #9e3f6db2
 @decays_weights

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['MARS_TYPES', 'mars', 'mars_averages', 'mars_step', 'mars_decay', 'MARS']
 
-# %% ../../nbs/algorithms/mars.ipynb #347af258
+# %% ../../nbs/algorithms/mars.ipynb #1ef4d673
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, adam_step, weight_decay
 from ..engine.registry import Within, hyper_ranges, make_optimizer, decays_weights, factory, options, register
+from ..engine.rules import refuses
 
-# %% ../../nbs/algorithms/mars.ipynb #134323e4
+# %% ../../nbs/algorithms/mars.ipynb #6e6f868b
 def mars_averages(
     p, # The parameter
     mom:float, # Moving average coefficient of the corrected gradient (β1)
@@ -38,6 +39,8 @@ def mars_averages(
     if mars_type=='lion': return res
     if sqr_avg is None: sqr_avg = torch.zeros_like(grad)
     return {**res, 'sqr_avg': sqr_avg.mul_(sqr_mom).addcmul_(c, c, value=1-sqr_mom)}
+
+refuses(mars_averages, schedule_free='it corrects its momentum by the difference of two gradients, and the correction is scaled for that momentum. Take schedule_free(adam()).');
 
 # %% ../../nbs/algorithms/mars.ipynb #8faabb05
 def mars_step(

@@ -9,7 +9,7 @@ __all__ = ['sgd_schedulefree', 'adamw_schedulefree', 'radam_schedulefree', 'star
            'AdamWScheduleFree', 'RAdamScheduleFree', 'ScheduleFree', 'schedule_free', 'ScheduleFreeMode',
            'averaged_weights', 'recalibrate_bn']
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #87527a29
+# %% ../../nbs/algorithms/schedulefree.ipynb #b7e821b4
 from contextlib import contextmanager
 from functools import partial, wraps
 from warnings import warn
@@ -22,6 +22,7 @@ from fastai.learner import Learner
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
 from ..engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer
 from ..engine.registry import Within, make_optimizer, decays_weights, factory, group_values, hyper_ranges, options, register
+from ..engine.rules import check_round, inner_stepper, run_on_rule, within_rule
 from .lion import lion_average, lion_step
 from .stableadam import debiased_averages, debiased_mom
 
@@ -142,10 +143,12 @@ def radam_schedulefree_step(
     _move(p, z, _decayed(p, u, wd, do_wd), lr, beta, c)
     return new
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #0ca279fb
+# %% ../../nbs/algorithms/schedulefree.ipynb #e22ac4e3
 class ScheduleFreeOptimizer:
     "What schedule-free optimizers have beside the optimizer of their mode"
     _averaged = False # Are the averaged weights in the parameters?
+    refuses = dict(lookahead='it averages the weights itself, and a sync would move the training weights away from the other two sequences. Take one of them.',
+                   schedule_free='it is schedule-free already.', cautious='without momentum each step goes along its gradient, and there is nothing to mask.')
     @property
     def learner_cbs(self): return (*self.__dict__.get('learner_cbs', ()), ScheduleFreeMode)
 
@@ -291,29 +294,34 @@ register(AdamWScheduleFree, name='adamw_schedulefree', title='Schedule-free Adam
 register(RAdamScheduleFree, name='radam_schedulefree', title='Schedule-free RAdam', category='adaptive', kind='elementwise', state=('z','sqr_avg'), oracle='schedulefree.RAdamScheduleFree', **_paper)
 sgd_schedulefree,adamw_schedulefree,radam_schedulefree = map(factory, (SGDScheduleFree, AdamWScheduleFree, RAdamScheduleFree))
 
-# %% ../../nbs/algorithms/schedulefree.ipynb #5a621c9c
+# %% ../../nbs/algorithms/schedulefree.ipynb #2f75515c
 def _no_average(p, **kwargs):
-    "The gradient itself in the place of its average"
-    return {'grad_avg': p.grad.data.clone()}
+    "The gradient itself in the place of its average, for this step"
+    return {'grad_avg': p.grad.data.clone(), 'sf_bare': True}
+
+def _no_lion_average(p, **kwargs):
+    "Leaves what would be averaged to the step alone"
+    return {'sf_bare': True}
 
 def _no_momentum_averages(p, sqr_mom, step, sqr_avg=None, **kwargs):
     "StableAdam's averages without that of the gradient"
     return {**_no_average(p), **average_sqr_grad(p, sqr_mom=debiased_mom(sqr_mom, step), sqr_avg=sqr_avg)}
 
 # Steppers that are momentum: what does without, and hyper-parameters for it
-_momentum = {average_grad: (_no_average, dict(mom=0.)), lion_average: (None, dict(beta1=0.)), debiased_averages: (_no_momentum_averages, dict(mom=0.))}
+_momentum = {average_grad: (_no_average, dict(mom=0.)), lion_average: (_no_lion_average, dict(beta1=0.)), debiased_averages: (_no_momentum_averages, dict(mom=0.))}
 
-def _bare(cb): return cb.func if isinstance(cb, partial) else cb
+def _whose(cb): return tuple(cb.args[2]) if isinstance(cb, partial) and cb.func is run_on_rule else None # the rules it is for
 
 class _Interpolated:
     "A list of steppers that moves z, round which the average is taken"
     def __init__(self, cbs):
-        self.cbs,self.hypers,self.bare = [],{},False
+        self.cbs,own = [],{}
+        for cb in cbs: own.setdefault(_whose(cb), {}).update(_momentum.get(inner_stepper(cb), (cb, getattr(inner_stepper(cb), 'no_momentum', {})))[1])
         for cb in cbs:
-            f,hypers = _momentum.get(_bare(cb), (cb, {}))
-            self.bare = self.bare or f is not cb
-            self.hypers.update(hypers)
-            if f: self.cbs.append(f)
+            f,_ = _momentum.get(inner_stepper(cb), (cb, {}))
+            hypers = own[_whose(cb)]
+            if f is not cb: cb = within_rule(cb, lambda _: f)
+            self.cbs.append((cb, {**hypers, 'rule_settings':hypers} if hypers and _whose(cb) is not None else hypers))
     __name__ = 'schedule_free_step'
 
     def __call__(self, p, z, lr, sf_beta, sf_step, sf_warmup_steps, sf_r, sf_weight_lr_power, weight_sum=0., lr_max=0., **kwargs):
@@ -321,15 +329,15 @@ class _Interpolated:
         c,new = average_weight(lr, sf_step, weight_sum, lr_max, sf_r, sf_weight_lr_power)
         x = torch.lerp(p.data, z, 1-1/sf_beta)
         p.data.copy_(z)
-        local = {**kwargs, **self.hypers, 'lr':lr}
+        local = {**kwargs, 'lr':lr}
         mine = {}
-        for cb in self.cbs:
-            res = cb(p, **local)
+        for cb,hypers in self.cbs:
+            res = cb(p, **{**local, **hypers})
             if isinstance(res, dict): local.update(res); mine.update(res)
         z.copy_(p.data)
         x.lerp_(z, c)
         p.data.copy_(torch.lerp(z, x, sf_beta))
-        if self.bare: mine.pop('grad_avg', None)
+        if mine.pop('sf_bare', False): mine.pop('grad_avg', None)
         return {**mine, **new}
 
 def _count_steps(p, sf_step=0, **kwargs): return {'sf_step': sf_step+1}
@@ -342,8 +350,10 @@ def ScheduleFree(
     weight_lr_power:float=2. # Power of the largest learning rate in them (ρ)
 )->Optimizer: # `opt`
     "Make `opt` schedule-free, without its own momentum"
+    check_round('schedule_free', opt)
+    if any(getattr(inner_stepper(cb), 'whole_model', False) for cb in getattr(opt, 'cbs', ())): raise TypeError("schedule_free can't go round an optimizer whose step is of several passes over the whole model.")
     if type(opt) not in _classes: raise TypeError(f"ScheduleFree takes an optimizer of this package that is not wrapped or schedule-free already, got a {type(opt).__name__}.")
-    if opt.state: raise ValueError("ScheduleFree takes an optimizer that has not stepped yet.")
+    if (opt.state and opt.fixed_state is None) or any(isinstance(v, Tensor) for st in opt.state.values() for v in st.values()): raise ValueError("ScheduleFree takes an optimizer that has not stepped yet.")
     n = len(opt.param_lists)
     opt.cbs = L(start_at_weights, _count_steps, _Interpolated(opt.cbs))
     for k,v in dict(beta=beta, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power).items(): opt.set_hyper(f'sf_{k}', group_values(k, v, n))
@@ -354,8 +364,10 @@ def schedule_free(
     **kwargs # Arguments of `ScheduleFree`
 ): # An `opt_func`
     "`ScheduleFree` for a `Learner`: `opt_func=schedule_free(adam(fused=True))`"
+    if not callable(opt_func): raise TypeError(f"schedule_free takes an opt_func, such as adam(), got a {type(opt_func).__name__}. Round an optimizer goes ScheduleFree.")
     return partial(_wrap, opt_func, kwargs)
-def _wrap(opt_func, kwargs, params, **hypers): return ScheduleFree(opt_func(params, **hypers), **kwargs)
+def _wrap(opt_func, kwargs, params, *args, **hypers): return ScheduleFree(opt_func(params, *args, **hypers), **kwargs)
+_wrap.wraps_opt_func = 'schedule_free'
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #0e18dc46
 def _free(opt): return isinstance(opt, ScheduleFreeOptimizer)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['swats', 'swats_momentum', 'swats_step', 'switch_group', 'SWATS']
 
-# %% ../../nbs/algorithms/swats.ipynb #b623f7b7
+# %% ../../nbs/algorithms/swats.ipynb #18b43e10
 import math
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
 from ..engine.registry import Within, hyper_ranges, make_optimizer, factory, options, register
+from ..engine.rules import refuses
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/swats.ipynb #83853000
@@ -26,7 +27,7 @@ def swats_momentum(
     sgd_avg.copy_(torch.where(sgd_rate>0, sgd_avg*mom + p.grad.data, torch.zeros_like(sgd_avg)))
     return {'sgd_avg': sgd_avg, 'sgd_rate': sgd_rate}
 
-# %% ../../nbs/algorithms/swats.ipynb #b9ce21aa
+# %% ../../nbs/algorithms/swats.ipynb #a4abeb80
 def swats_step(
     p, # The parameter
     lr:float, # Learning rate (α)
@@ -54,6 +55,8 @@ def swats_step(
     found = torch.where(passed, rate*(1/lr if lr and step>1 else 0.), torch.zeros_like(rate))
     p.data.add_(torch.where(sgd, sgd_avg*sgd_rate*(-lr*(1-mom)), update))
     return {'lam': lam, 'found_rate': found}
+
+refuses(swats_step, schedule_free='it estimates the learning rate of SGD from steps of Adam with momentum. Take schedule_free(sgd()).');
 
 # %% ../../nbs/algorithms/swats.ipynb #f344d9cb
 def switch_group(

@@ -73,7 +73,7 @@ class Cohort:
     def __len__(self): return len(self.params)
     def __repr__(self): return f"Cohort(group {self.group}: {len(self)} x {self.slots[0].dtype}, state {[s.name for s in self.slots[2:]]}, {self.numbers})"
 
-# %% ../../nbs/engine/02_cohort.ipynb #64f5d81c
+# %% ../../nbs/engine/02_cohort.ipynb #867699a4
 def check_tensors(
     p:torch.Tensor, # Parameter
     g:torch.Tensor # Its gradient
@@ -94,7 +94,6 @@ def check_state(
     p:torch.Tensor # Parameter
 ):
     "Raise a `ValueError` or `NotImplementedError` if `t` can't be state of `p`"
-    if kind_of(t.shape, p.shape) is None: raise ValueError(f"state '{name}' has shape {tuple(t.shape)}, its parameter {tuple(p.shape)}: it must have the same, one with axes of size 1, or be a single value")
     if t.dtype not in FLOAT_DTYPES: raise NotImplementedError(f"state '{name}' is {t.dtype}: dtypes that can be stepped are {', '.join(sorted(str(d)[6:] for d in FLOAT_DTYPES))}")
     if t.device != p.device: raise ValueError(f"state '{name}' is on {t.device}, its parameter on {p.device}; load_state_dict moves it")
 

@@ -13,8 +13,8 @@ from .cpp import kernel_threads
 
 # %% auto #0
 __all__ = ['CHUNK_SIZE', 'SOLO_SIZE', 'SMALL_CHUNK', 'GPU_BLOCK', 'GPU_CHUNK', 'GPU_PROGRAMS', 'GPU_WARPS', 'flat_layout',
-           'fused_sort', 'aligned_addresses', 'AddressTable', 'chunk_rows', 'KernelLaunch', 'axes_rows', 'AxesLaunch',
-           'gpu_chunk', 'warm_triton', 'TritonLaunch']
+           'fused_sort', 'aligned_addresses', 'AddressTable', 'PartTable', 'chunk_rows', 'KernelLaunch', 'axes_rows',
+           'AxesLaunch', 'gpu_chunk', 'warm_triton', 'TritonLaunch']
 
 # %% ../../nbs/engine/06_fused.ipynb #330e1035
 _reader_source = '''#include <cstdint>
@@ -214,6 +214,24 @@ class AddressTable:
         new = [torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g) for p,g in zip(self.cohort.params, self.grads)]
         self.address[:,1] = [g.data_ptr() for g in new]
         return self.grads,new
+
+# %% ../../nbs/engine/06_fused.ipynb #39e7679b
+class PartTable:
+    "Addresses of the tensors of a part of a cut tape"
+    def __init__(self,
+        base:AddressTable, # Table of the cohort
+        part # `TapePart`
+    ):
+        self.base,self.cohort,self.part = base,base.cohort,part
+        self.address = np.zeros((len(self.cohort), len(part.sources)), np.int64)
+        self.where = (self.address.ctypes.data,)
+
+    def fill(self,
+        lists:list # A list of tensors a slot of the part
+    ):
+        "Take the addresses of this step; `base` must have been refreshed"
+        for n,((what,i),ts) in enumerate(zip(self.part.sources, lists)): self.address[:,n] = self.base.address[:,i] if what == 'slot' else [t.data_ptr() for t in ts]
+        return self
 
 # %% ../../nbs/engine/06_fused.ipynb #7f8086bf
 def chunk_rows(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['hyper_ranges', 'HIGH_WD', 'MODES', 'OPTIONS', 'CATEGORIES', 'KINDS', 'Within', 'valid_hyper', 'group_values',
            'as_groups', 'in_use', 'decays_weights', 'fully_decoupled', 'cautious_step', 'warn_high_wd', 'pick_mode',
-           'make_optimizer', 'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer', 'factory',
-           'take_steps', 'mode_differences']
+           'make_optimizer', 'check_mode', 'options', 'OptimizerInfo', 'register', 'list_optimizers', 'get_optimizer',
+           'factory', 'take_steps', 'mode_differences']
 
-# %% ../../nbs/engine/08_registry.ipynb #7c092647
+# %% ../../nbs/engine/08_registry.ipynb #cbd58837
 import importlib, inspect, math, pkgutil, re, warnings
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -20,6 +20,8 @@ from fastcore.all import L, delegates, is_listy, is_iter, merge, even_mults
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, pytorch_hp_map, weight_decay, l2_reg
 from .optimizer import Between, ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, Storage, dry_run
+from .tape import UnsupportedError
+from .rules import inner_stepper, naming, refuses, rule_cases, thaw_params, within_rule
 
 # %% ../../nbs/engine/08_registry.ipynb #74cb1ed0
 @dataclass(frozen=True)
@@ -102,19 +104,29 @@ def group_values(
     if len(vals)==n: return vals
     raise ValueError(f"{name}={value!r} has {len(vals)} values for {n} parameter group{'s'[:n!=1]}: pass one, or one a group.")
 
-# %% ../../nbs/engine/08_registry.ipynb #bc702c71
+# %% ../../nbs/engine/08_registry.ipynb #01354b80
+def _is_pair(o): return isinstance(o, tuple) and len(o)==2 and isinstance(o[0], str)
+
+def _named(g):
+    "Group `g`, with the names of pairs (name, parameter) in `param_names`"
+    if not g['params'] or not all(map(_is_pair, g['params'])): return g
+    names,ps = zip(*g['params'])
+    return {**g, 'params':list(ps), 'param_names':list(names)}
+
 def _as_group(g, i):
     if isinstance(g, Tensor): return dict(params=[g])
-    if not isinstance(g, dict): return dict(params=list(g))
+    if not isinstance(g, dict): return _named(dict(params=list(g)))
     if 'params' not in g:
         raise ValueError(f"Parameter group {i} is a dict without 'params': it has {list(g)}. Write dict(params=[...], lr=...).")
     ps = g['params']
-    return {**g, 'params':[ps] if isinstance(ps, Tensor) else list(ps)}
+    g = _named({**g, 'params':[ps] if isinstance(ps, Tensor) else list(ps)})
+    if len(g.get('param_names', g['params']))!=len(g['params']): raise ValueError(f"Parameter group {i} has {len(g['params'])} parameters and {len(g['param_names'])} names in 'param_names'.")
+    return g
 
-# %% ../../nbs/engine/08_registry.ipynb #a5b126c1
+# %% ../../nbs/engine/08_registry.ipynb #3b73b442
 def _check_param(p, where, seen):
     if not isinstance(p, Tensor):
-        tip = 'Pass model.parameters().' if isinstance(p, nn.Module) else 'Leave the names out.' if isinstance(p, (str,tuple)) else ''
+        tip = 'Pass model.parameters().' if isinstance(p, nn.Module) else 'Pass pairs (name, parameter), or parameters.' if isinstance(p, (str,tuple)) else ''
         raise TypeError(f"{where} is a {type(p).__name__}, not a parameter. {tip}".strip())
     if p.is_complex(): raise NotImplementedError(f"{where} is complex ({p.dtype}), and complex parameters are not supported: pass torch.view_as_real(p).")
     if not p.is_leaf and not p.retains_grad:
@@ -124,17 +136,17 @@ def _check_param(p, where, seen):
                          "Pass it once.")
     seen[id(p)] = where
 
-# %% ../../nbs/engine/08_registry.ipynb #9471e8eb
+# %% ../../nbs/engine/08_registry.ipynb #6f3db7f2
 def as_groups(
-    params # Parameters: an iterable of tensors, of iterables (a group each), or of dicts as torch.optim takes them
-)->list: # A dict a group: `params`, a list, and what hyperparameters the group has of its own
+    params # Parameters: an iterable of tensors, of iterables (a group each), or of dicts as torch.optim takes them; in the place of a tensor, (name, tensor)
+)->list: # A dict a group: `params`, a list, `param_names` if they came with names, and what hyperparameters the group has of its own
     "`params` as a list of groups, checked"
     if isinstance(params, nn.Module): raise TypeError(f"params is a {type(params).__name__}, not parameters. Pass model.parameters().")
     items = [params] if isinstance(params, (Tensor,dict)) else list(params)
     grouped = [isinstance(o, dict) or (is_iter(o) and not isinstance(o, (Tensor,str,nn.Module))) for o in items]
-    if any(isinstance(o, tuple) and len(o)==2 and isinstance(o[0], str) for o in items): grouped = [False]
+    if any(map(_is_pair, items)): grouped = [False]
     if any(grouped) and not all(grouped): raise ValueError("params mixes parameters and groups of parameters: pass either, not both.")
-    groups = [_as_group(o, i) for i,o in enumerate(items)] if all(grouped) else [dict(params=items)]
+    groups = [_as_group(o, i) for i,o in enumerate(items)] if all(grouped) else [_named(dict(params=items))]
     seen = {}
     for i,g in enumerate(groups):
         for j,p in enumerate(g['params']): _check_param(p, f"params[{j}]" if len(groups)==1 else f"params[{j}] of group {i}", seen)
@@ -161,7 +173,7 @@ def decays_weights(
 
 decays_weights(weight_decay);
 
-# %% ../../nbs/engine/08_registry.ipynb #4aea8b3b
+# %% ../../nbs/engine/08_registry.ipynb #300f9c1c
 def fully_decoupled(
     cb, # A stepper that decays by `lr*wd`
     p, # The parameter
@@ -176,12 +188,12 @@ def fully_decoupled(
                          "Set it with opt.set_hyper('max_lr', ...), to the peak of the learning rate.")
     return cb(p, lr=lr, wd=wd/max_lr if max_lr else 0., **kwargs)
 
-# %% ../../nbs/engine/08_registry.ipynb #b499bec0
-def _unwrap(cb): return _unwrap(cb.args[0] if cb.func in (fully_decoupled,cautious_step) else cb.func) if isinstance(cb, partial) else cb
+fully_decoupled.wraps_stepper = True
 
+# %% ../../nbs/engine/08_registry.ipynb #b5d2c773
 def _decouple_lr(cbs):
     "`cbs`, with those that decay by `lr*wd` run by `fully_decoupled`"
-    fs = [_unwrap(cb) for cb in cbs]
+    fs = [inner_stepper(cb) for cb in cbs]
     if l2_reg in fs:
         raise ValueError("decouple_lr=True and decouple_wd=False were given together: L2 regularization is a part of the gradient, and the step "
                          "multiplies it by lr. Keep one of them.")
@@ -189,9 +201,9 @@ def _decouple_lr(cbs):
     if not any(marked):
         raise ValueError(f"decouple_lr=True, but no stepper of {', '.join(getattr(f, '__name__', type(f).__name__) for f in fs)} decays the weights: "
                          "add fastai's `weight_decay`, or mark your own with `@decays_weights`.")
-    return [partial(fully_decoupled, cb) if m else cb for cb,m in zip(cbs, marked)]
+    return [within_rule(cb, lambda f: partial(fully_decoupled, f)) if m else cb for cb,m in zip(cbs, marked)]
 
-# %% ../../nbs/engine/08_registry.ipynb #8060f80c
+# %% ../../nbs/engine/08_registry.ipynb #499c5cc4
 def cautious_step(
     cb, # A stepper that changes the parameter
     p, # The parameter
@@ -205,15 +217,23 @@ def cautious_step(
     p.data.copy_(before - update*(mask/mask.mean().clamp(min=1e-3)))
     return new
 
-cautious_step.masks_step = True # said to the engine, which looks at the stepper inside
+cautious_step.wraps_stepper = cautious_step.masks_step = True # said to the engine, which looks at the stepper inside
+refuses(cautious_step, schedule_free='it is cautious, and without momentum each step goes along its gradient: there is nothing to mask.');
 
-# %% ../../nbs/engine/08_registry.ipynb #a9b036d0
+# %% ../../nbs/engine/08_registry.ipynb #b56b0ac3
 def _copied(state): return {k:v.clone() if isinstance(v, Tensor) else v for k,v in state.items()}
 
 def _try_steppers(cbs, hyper):
     "Places of the steppers that change a parameter without decay, and of those of them that decay too"
-    p,state,moving,decaying = nn.Parameter(torch.linspace(.5, 1, 8, dtype=torch.float64).view(2, 2, 2, 1)),{},set(),set()
+    moving,decaying = zip(*(_try_case(cbs, hyper, case) for case in rule_cases(cbs)))
+    return set().union(*moving),set().union(*decaying)
+
+def _try_case(cbs, hyper, case):
+    "The same for a parameter with the numbers of `case` in its state"
+    p,state,moving,decaying = nn.Parameter(torch.linspace(.5, 1, 8, dtype=torch.float64).view(2, 2, 2, 1)),dict(case),set(),set()
     hyper = {**hyper, 'lr':.01, 'wd':0.}
+    decay = {'wd':.5, **({'rule_settings':{'wd':.5}} if case else {})}
+    if case: hyper['rule_settings'] = {'wd':0.}
     for t in range(8): # some do not move at their first steps
         p.grad = (t+1)*torch.linspace(1, 2, 8, dtype=torch.float64).view_as(p)
         for i,cb in enumerate(cbs):
@@ -225,22 +245,22 @@ def _try_steppers(cbs, hyper):
             moving.add(i)
             after,grad_after,p.grad = p.detach().clone(),p.grad,grad
             p.data.copy_(old)
-            cb(p, **{**start, **hyper, 'wd':.5})
+            cb(p, **{**start, **hyper, **decay})
             if not torch.equal(after, p): decaying.add(i)
             p.data.copy_(after)
             p.grad = grad_after
     return moving,decaying
 
-# %% ../../nbs/engine/08_registry.ipynb #f35440a3
+# %% ../../nbs/engine/08_registry.ipynb #1085b909
 def _cautious(cbs, hyper):
     "`cbs`, with those that step run by `cautious_step`"
     try:
         with torch.no_grad(), torch.random.fork_rng([]), dry_run(): moving,decaying = _try_steppers(cbs, hyper)
     except Exception as e: raise ValueError(f"cautious=True: the steppers were tried on a small tensor to find those that change the parameter, and failed there: {e}") from e
-    def _names(places): return ', '.join(getattr(f, '__name__', type(f).__name__) for f in (_unwrap(cbs[i]) for i in sorted(places)))
+    def _names(places): return ', '.join(getattr(f, '__name__', type(f).__name__) for f in (inner_stepper(cbs[i]) for i in sorted(places)))
     if decaying: raise ValueError(f"cautious=True: {_names(decaying)} decays the weights and steps in one, and a decay must not be masked. Leave out cautious=True, or use an optimizer whose decay is a stepper of its own.")
     if not moving: raise ValueError(f"cautious=True: no stepper of {_names(range(len(cbs)))} changes the parameter.")
-    return L(partial(cautious_step, cb) if i in moving else cb for i,cb in enumerate(cbs))
+    return L(within_rule(cb, lambda f: partial(cautious_step, f)) if i in moving else cb for i,cb in enumerate(cbs))
 
 # %% ../../nbs/engine/08_registry.ipynb #3bee733f
 HIGH_WD = 1e-3
@@ -255,11 +275,12 @@ def warn_high_wd(
     warnings.warn(f"wd={wd:g} is high for decouple_lr=True: each step at the peak of the learning rate takes {wd:.3g} of the weights, as lr does not scale it "
                   f"down. 1e-6 to 1e-4 is usual; what was right before, times lr, is the same decay.", stacklevel=3)
 
-# %% ../../nbs/engine/08_registry.ipynb #1f467e36
+# %% ../../nbs/engine/08_registry.ipynb #75a1a6fc
 def _with_learner_cbs(create_opt):
     @wraps(create_opt)
     def _inner(self, *args, **kwargs):
-        res = create_opt(self, *args, **kwargs)
+        thaw_params(self.model.parameters()) # what rules of an optimizer before this one froze: the splitter leaves it out
+        with naming(self.model): res = create_opt(self, *args, **kwargs)
         for c in getattr(self.opt, 'learner_cbs', ()): # by name too: a class is another one after its module was reloaded
             if not any(isinstance(o, c) or type(o).__name__==c.__name__ for o in self.cbs): self.add_cb(c())
         return res
@@ -286,13 +307,13 @@ def pick_mode(
     if len(on)<2: return on[0] if on else 'native'
     raise ValueError(f"{' and '.join(f'{o}=True' for o in on)} were given together: an optimizer runs in one mode. Keep one of them.")
 
-# %% ../../nbs/engine/08_registry.ipynb #b7826c44
+# %% ../../nbs/engine/08_registry.ipynb #7bd38822
 def _group_hypers(groups, defaults):
     "A list of plain values a hyperparameter, one a group: `defaults`, and over them what a group has of its own"
     res = {k:group_values(k, v, len(groups)) for k,v in defaults.items()}
     for i,g in enumerate(groups):
         for k,v in g.items():
-            if k=='params': continue
+            if k in ('params','param_names'): continue
             if k not in res:
                 own = {**pytorch_hp_map, 'betas':'mom and sqr_mom', 'lr_decay':'a schedule'}.get(k)
                 raise ValueError(f"Parameter group {i} has {k}={v!r}, which this optimizer doesn't know. "
@@ -334,7 +355,18 @@ def make_optimizer(
         warn_high_wd(opt)
     return opt
 
-# %% ../../nbs/engine/08_registry.ipynb #bf754bb0
+# %% ../../nbs/engine/08_registry.ipynb #aa8ae32b
+def check_mode(
+    row, # Row of an optimizer (`OptimizerInfo`), or `None`
+    given:dict # Arguments that it was given
+):
+    "Raise an `UnsupportedError` if `row` does not have the mode that the flags ask for"
+    mode = pick_mode(**{k:given[k] for k in MODES[1:] if k in given})
+    if row is None or mode in row.modes: return
+    others = ' or '.join(f'{m}=True' for m in row.modes if m!='native')
+    raise UnsupportedError(f"{row.title} has no {mode} mode: {mode}=True can't run its matrix functions. Use {others}, or no flag." if row.kind=='matrix' else f"{row.title} has no {mode} mode. Use {others}, or no flag.")
+
+# %% ../../nbs/engine/08_registry.ipynb #ae8accd8
 def options(
     f=None, # Function of an algorithm, whose last argument is `**kwargs`
     /,
@@ -346,8 +378,9 @@ def options(
     sig = inspect.signature(f)
     @wraps(f)
     def _inner(*args, **kwargs):
-        try: sig.bind(*args, **kwargs)
+        try: given = sig.bind(*args, **kwargs).arguments
         except TypeError as e: raise TypeError(f"{f.__name__}() {e}") from None
+        check_mode(next((r for r in _registry.values() if r.func is _inner), None), given)
         _own_ranges.append(ranges)
         try: return f(*args, **kwargs)
         finally: _own_ranges.pop()
@@ -478,7 +511,7 @@ def get_optimizer(
         if o is not None and key in (o.name, o.func.__name__.lower()): return o
     raise ValueError(f"There is no optimizer {name!r}: there are {', '.join(sorted(_registry))}.")
 
-# %% ../../nbs/engine/08_registry.ipynb #7d07ef2b
+# %% ../../nbs/engine/08_registry.ipynb #40f4d9ae
 def factory(
     func # The capitalised function, such as `Adam`
 ): # The lower-case function, such as `adam`: takes the keywords of `func`, returns an `opt_func`
@@ -493,7 +526,7 @@ def factory(
             raise TypeError(f"{name}() leaves params and lr to the Learner: write opt_func={name}(), or {func.__name__}(params, lr).")
         try: given = sig.bind(*args, **kwargs).arguments
         except TypeError as e: raise TypeError(f"{name}() {e}: it takes {', '.join(sig.parameters)}.") from None
-        pick_mode(**{k:given[k] for k in MODES if k in given})
+        check_mode(row, given)
         for k,v in given.items():
             if v is not sig.parameters[k].default: group_values(k, v, len(v) if is_listy(v) else 1, getattr(func, 'ranges', {}))
         return partial(func, **given)

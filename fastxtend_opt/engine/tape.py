@@ -11,17 +11,17 @@ import torch
 from .ops import OPS
 
 # %% auto #0
-__all__ = ['LowPrecision', 'SCALAR_REF', 'TapeSlot', 'UnsupportedError', 'NeedsShape', 'axes_of', 'kind_of', 'Tape',
-           'collapse_axes', 'widen_tape', 'TapeTensor', 'trace_steppers', 'show_tape']
+__all__ = ['LowPrecision', 'SCALAR_REF', 'TapeSlot', 'UnsupportedError', 'NeedsShape', 'axes_of', 'kind_of', 'opaque_shape',
+           'Tape', 'collapse_axes', 'widen_tape', 'TapeTensor', 'trace_steppers', 'show_tape']
 
-# %% ../../nbs/engine/01_tape.ipynb #7f6465cf
+# %% ../../nbs/engine/01_tape.ipynb #ba68bbb4
 LowPrecision = namedtuple('LowPrecision', 'kahan rounding state seed') # How a parameter and its state are kept
 LowPrecision.__doc__ = "How a parameter and its state are kept: `kahan`: with what rounding took off beside it? `rounding`: stochastically rounded? `state`: dtype of new state (of a copy of the weights: at least float32). `seed`: of the rounding"
 SCALAR_REF = 1<<20 # References from here on are numbers: `SCALAR_REF+i` is argument i
-TapeSlot = namedtuple('TapeSlot', 'name kind dtype') # A tensor of the optimizer: 'p', 'grad' or a state name; kind 'e' elementwise, 's' one value a tensor, or such as 'n1'
-TapeSlot.__doc__ = "A tensor that a step reads or writes: `name` ('p', 'grad' or a state name), `kind` ('e' a value an element, 's' one value a parameter, such as 'n1' of shape (n, 1) under a matrix), `dtype`"
+TapeSlot = namedtuple('TapeSlot', 'name kind dtype') # A tensor of the optimizer: 'p', 'grad' or a state name; kind 'e' elementwise, 's' one value a tensor, or such as 'n1' or 'o4x4'
+TapeSlot.__doc__ = "A tensor that a step reads or writes: `name` ('p', 'grad' or a state name), `kind` ('e' a value an element, 's' one value a parameter, such as 'n1' of shape (n, 1) under a matrix, 'o4x4' of that shape for opaque calls alone), `dtype`"
 
-# %% ../../nbs/engine/01_tape.ipynb #8af90a99
+# %% ../../nbs/engine/01_tape.ipynb #f1c1ed8e
 class UnsupportedError(NotImplementedError):
     "A stepper asks for what the engine can't put in a kernel; the message names stepper, operation and remedy"
 
@@ -39,15 +39,23 @@ def axes_of(
 def kind_of(
     shape:torch.Size, # Shape of a state tensor
     full:torch.Size # Shape of its parameter
-) -> str|None: # 'e', 's', or such as 'n1'; None if it does not broadcast to the parameter
+) -> str: # 'e', 's', or such as 'n1'; such as 'o4x4' if it does not broadcast to the parameter
     "The kind of a state tensor"
     if shape == full: return 'e'
     if not shape: return 's'
-    if len(shape) != len(full) or any(a != b and a != 1 for a,b in zip(shape, full)): return None
+    if len(shape) != len(full) or any(a != b and a != 1 for a,b in zip(shape, full)): return 'o' + 'x'.join(map(str, shape))
     return axes_of(shape)
 
-# %% ../../nbs/engine/01_tape.ipynb #4f4d74bd
-def _name(cb): return getattr(cb, '__name__', None) or (_name(cb.func) if isinstance(cb, partial) else type(cb).__name__)
+def opaque_shape(
+    kind:str # Such as 'o4x4'
+) -> torch.Size: # Such as (4, 4)
+    "The shape that a kind of opaque state says"
+    return torch.Size(map(int, kind[1:].split('x')))
+
+# %% ../../nbs/engine/01_tape.ipynb #04d01a3c
+def _name(cb):
+    if isinstance(cb, partial): return _name(cb.args[0] if getattr(cb.func, 'wraps_stepper', False) else cb.func)
+    return getattr(cb, '__name__', None) or type(cb).__name__
 
 class Tape:
     "What a list of steppers does to one parameter: entries, the numbers they use, and what is stored at the end"
@@ -61,6 +69,7 @@ class Tape:
         self.ops,self.types,self.scalars,self.stepper = [],[],[],''
         self.stores = () # (slot, reference) pairs: what the slots hold after the step
         self.created = {} # State tensors that this step makes: name -> (kind, dtype, start: a number, the name of a slot to copy, or None)
+        self.opaque = False # Are there opaque calls? Then it has to be cut before it is run
         self.skipped = [] # Places of the steppers that were left out
         self.weights = set() # State that this step makes as a copy of the parameter
         self.kernels,self._known,self._kinds = {},None,None # Backend -> compiled form
@@ -72,6 +81,7 @@ class Tape:
             if type(x) is TapeTensor:
                 args.append(x.ref)
                 if (k := x.kind) == 'e': kind = 'e'
+                elif k[0] == 'o': self.refuse_opaque(name, x)
                 elif k != kind and k != 's' and kind != 'e': kind = self.join(kind, k)
                 if dt is None or dt is torch.bool: dt = x.dtype
                 elif x.dtype is not dt and x.dtype is not torch.bool: dt = _promote(dt, x.dtype, kind, x.kind)
@@ -93,6 +103,7 @@ class Tape:
         "Kind of what two kinds broadcast to"
         if a == b or b == 's' or a == 'e': return a
         if a == 's' or b == 'e': return b
+        if 'o' in (a[0], b[0]): self.refuse('in-place operation', f"brings a tensor of shape {' to one of '.join(str(tuple(opaque_shape(k))) if k[0] == 'o' else k for k in (a, b))}")
         r = ''.join(['n' if 'n' in o else '1' for o in zip(a, b)])
         return 'e' if r == self.axes else r
 
@@ -120,6 +131,16 @@ class Tape:
         self.scalars.append(float(x))
         return SCALAR_REF + len(self.scalars) - 1
 
+    def number(self, x):
+        "Reference of number `x`, appended to the arguments as it is"
+        self.scalars.append(x)
+        return SCALAR_REF + len(self.scalars) - 1
+
+    def refuse_opaque(self, op, x):
+        what = f"state '{self.slots[-x.ref-1].name}'" if x.ref < 0 else 'a tensor'
+        raise ValueError(f"stepper '{self.stepper}': '{op}' on {what} of shape {tuple(x.shape)}, which does not broadcast to its parameter: state has the parameter's shape, size 1 in some of its axes, or is a single value. "
+            "Of other shapes only an @opaque function can take it (fastxtend_opt.engine.opaque), and its dtype stays as it is.")
+
     def refuse(self, op, why='is not in the table of operations'):
         raise UnsupportedError(f"stepper '{self.stepper}': '{op}' {why}. Run this optimizer in native mode (no foreach, jit or fused), "
             "write the stepper with supported tensor operations (fastxtend_opt.engine.ops.OPS), or add a row there with `add_op`.")
@@ -132,13 +153,13 @@ class Tape:
     def kinds(self):
         "Kinds of the entries and slots that are neither elementwise nor one value a parameter"
         if self._axes is None: return frozenset()
-        if self._kinds is None: self._kinds = frozenset({k for k,_ in self.types} | {s.kind for s in self.slots}) - {'e','s'}
+        if self._kinds is None: self._kinds = frozenset(k for k in {k for k,_ in self.types} | {s.kind for s in self.slots} if k not in ('e','s') and k[0] != 'o')
         return self._kinds
 
     @property
     def key(self):
         "What a compiled form of the tape depends on: entries, slots and stores, not the numbers"
-        if self.kinds(): return self.slots, tuple(self.ops), self.stores, self._axes, tuple(k for k,_ in self.types)
+        if self.opaque or self.kinds(): return self.slots, tuple(self.ops), self.stores, self._axes, tuple(k for k,_ in self.types)
         return self.slots, tuple(self.ops), self.stores
 
 # %% ../../nbs/engine/01_tape.ipynb #2fa29ebf
@@ -176,18 +197,20 @@ def widen_tape(
 ) -> Tape: # One that calculates in float32 what is in bfloat16 or float16, and rounds what it stores
     "`tape` as a kernel runs it, for a backend that rounds each result to its dtype"
     small,f32 = (torch.bfloat16, torch.float16),torch.float32
-    cast = {j for j,o in enumerate(tape.ops) if o[0].startswith(('to_','sround'))}
+    cast = {j for j,o in enumerate(tape.ops) if type(o[0]) is str and o[0].startswith(('to_','sround'))}
     if not any(d in small and j not in cast for j,(_,d) in enumerate(tape.types)): return tape
-    ops,types,refs = [],[],{}
+    ops,types,refs,raw = [],[],{},{}
     def add(op, kind, dtype): ops.append(op); types.append((kind, dtype)); return len(ops)-1
     def ref(r):
         if r >= SCALAR_REF: return r
         if r < 0 and r not in refs: refs[r] = add(('to_float32', r), s.kind, f32) if (s := tape.slots[-r-1]).dtype in small else r
         return refs[r]
     for j,(o,(kind,d)) in enumerate(zip(tape.ops, tape.types)):
-        args = tuple(map(ref, o[1:]))
-        refs[j] = add((o[0], *args), kind, d if j in cast or d not in small else f32)
-        if j in cast and d in small: refs[j] = add(('to_float32', refs[j]), kind, f32)
+        called = type(o[0]) is not str # an opaque call, or a result of one: what a stepper has cast for it stays so
+        args = tuple(raw[r] if called and r in raw else ref(r) for r in o[1:])
+        own = j in cast or called and any(r in raw for r in o[1:])
+        refs[j] = add((o[0], *args), kind, d if own or d not in small else f32)
+        if own and d in small: raw[j],refs[j] = refs[j],add(('to_float32', refs[j]), kind, f32)
     res = copy.copy(tape)
     stores = []
     for i,r in tape.stores:
@@ -199,7 +222,7 @@ def widen_tape(
 _rank = {torch.bool:0, torch.float16:1, torch.bfloat16:1, torch.float32:2, torch.float64:3}
 def _promote(a, b, ka, kb): return a if a is b else torch.promote_types(a, b)
 
-# %% ../../nbs/engine/01_tape.ipynb #198c9798
+# %% ../../nbs/engine/01_tape.ipynb #58ed91c1
 class TapeTensor:
     "Symbolic stand-in for a tensor: its operations are put on a `Tape`"
     __slots__ = ('tape','ref','kind','dtype','_grad')
@@ -244,11 +267,12 @@ class TapeTensor:
 
     def _shape(self):
         if self.kind=='s': return torch.Size()
+        if self.kind[0]=='o': return opaque_shape(self.kind)
         full = self.tape.shape
         if full is None or type(full) is str: raise NeedsShape(True)
         return full if self.kind=='e' else torch.Size([n if k=='n' else 1 for n,k in zip(full, self.kind)])
     shape = property(_shape)
-    def dim(self): return 0 if self.kind=='s' else len(self.tape.axes)
+    def dim(self): return 0 if self.kind=='s' else len(opaque_shape(self.kind)) if self.kind[0]=='o' else len(self.tape.axes)
     ndim = property(dim)
     def size(self, dim=None): return self._shape() if dim is None else self._shape()[dim]
     def numel(self): return self._shape().numel()
@@ -393,7 +417,7 @@ def _torch_function(cls, func, types, args=(), kwargs=None):
     return f(*args, **{k:v for k,v in (kwargs or {}).items() if k not in ('inplace','out') or v})
 TapeTensor.__torch_function__ = classmethod(_torch_function)
 
-# %% ../../nbs/engine/01_tape.ipynb #5e67447d
+# %% ../../nbs/engine/01_tape.ipynb #dd02bd4e
 def trace_steppers(
     cbs, # Steppers
     slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
@@ -409,7 +433,7 @@ def trace_steppers(
     had = {s.name for s in slots}
     if low and low.kahan and 'kahan_comp' not in had: slots = slots[:2] + tuple(sorted((*slots[2:], TapeSlot('kahan_comp', 'e', slots[0].dtype))))
     tape = Tape(slots, device, shape)
-    if shape is None and any(s.kind not in ('e','s') for s in slots): raise NeedsShape('axes')
+    if shape is None and any(s.kind not in ('e','s') and s.kind[0] != 'o' for s in slots): raise NeedsShape('axes')
     loads = [TapeTensor(tape, -i-1, s.kind, s.dtype) for i,s in enumerate(tape.slots)]
     if low: _widen(tape, loads, low)
     p,grad,*tensors = loads
@@ -462,14 +486,14 @@ def _finish(tape, loads, state, start, low):
     if tape.created: _make_slots(tape, keep, low)
     return keep.numbers
 
-# %% ../../nbs/engine/01_tape.ipynb #38ed50bd
+# %% ../../nbs/engine/01_tape.ipynb #8302022b
 _LOW = (torch.bfloat16, torch.float16)
 
 def _widen(tape, loads, low):
     "Make the loads of low-precision slots float32, the parameter with its compensation"
     comp = next((t for t,s in zip(loads, tape.slots) if s.name == 'kahan_comp'), None) if low.kahan else None
     for t in loads:
-        if t.dtype in _LOW and t is not comp: t.ref,t.dtype = (w := t.to(torch.float32)).ref,w.dtype
+        if t.dtype in _LOW and t is not comp and t.kind[0] != 'o': t.ref,t.dtype = (w := t.to(torch.float32)).ref,w.dtype
     if comp is not None: loads[0].ref = (loads[0] + comp.to(torch.float32)).ref
 
 class _Storing:
@@ -494,7 +518,7 @@ class _Storing:
         r = t - t.to(s.dtype).to(torch.float32)
         return self.sround(r, 'kahan_comp') if s.dtype is torch.bfloat16 else r.to(s.dtype)
 
-# %% ../../nbs/engine/01_tape.ipynb #cc4c98a4
+# %% ../../nbs/engine/01_tape.ipynb #11c4510d
 def _reached(tape, ends, starts):
     "Entries that references `ends` are made from, constants of `starts` from nothing"
     todo,res = list(ends),set()
@@ -508,7 +532,7 @@ def _reached(tape, ends, starts):
 def _make_slots(tape, keep, low):
     "Turn created state into slots, in the order of their names; a constant start becomes a load"
     new = tape.created
-    dtypes = {k:t.dtype if not low or t.kind == 's' or t.dtype is not torch.float32 else torch.promote_types(low.state, torch.float32) if k in tape.weights or t.kind != 'e' else low.state for k,t in new.items()}
+    dtypes = {k:t.dtype if not low or t.kind == 's' or t.kind[0] == 'o' or t.dtype is not torch.float32 else torch.promote_types(low.state, torch.float32) if k in tape.weights or t.kind != 'e' else low.state for k,t in new.items()}
     kept = {k:keep(TapeSlot(k, t.kind, dtypes[k]), t) for k,t in sorted(new.items())}
     ops = tape.ops
     starts = {} # entry of a constant -> the state name that starts with it
@@ -539,11 +563,11 @@ def _make_slots(tape, keep, low):
     tape.ops,tape.types,tape.scalars,tape.slots = out,types,scalars,slots
     tape.stores = tuple(sorted((i,r) for i,r in stores if r != -i-1))
 
-# %% ../../nbs/engine/01_tape.ipynb #6f78d01a
+# %% ../../nbs/engine/01_tape.ipynb #bb9cc934
 def show_tape(
     tape:Tape # A tape, as `trace` returns it
 ) -> str: # One line an entry
     "A tape as text"
     def ref(r): return f'{tape.scalars[r-SCALAR_REF]:.6g}' if r >= SCALAR_REF else tape.slots[-r-1].name if r < 0 else f't{r}'
-    lines = [f"t{i} = {o[0]}({', '.join(map(ref, o[1:]))})" + (' # one value a parameter' if (k := tape.types[i][0])=='s' else '' if k=='e' else f" # shape {'x'.join(k)}") for i,o in enumerate(tape.ops)]
+    lines = [f"t{i} = {o[0]!s}({', '.join(map(ref, o[1:]))})" + (' # one value a parameter' if (k := tape.types[i][0])=='s' else '' if k=='e' else f" # shape {k[1:] if k[0]=='o' else 'x'.join(k)}") for i,o in enumerate(tape.ops)]
     return '\n'.join(lines + [f'{tape.slots[i].name} <- {ref(r)}' for i,r in tape.stores])

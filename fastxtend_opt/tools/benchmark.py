@@ -17,11 +17,12 @@ from ..engine.build import load_library
 from ..engine.optimizer import dry_run
 
 # %% auto #0
-__all__ = ['peer_table', 'bench_peers', 'list_models', 'model_rows', 'ParamSet', 'step_bytes', 'Streams', 'state_streams',
-           'MemoryLimit', 'Contestant', 'peer_rows', 'contestants', 'bench_case', 'machine_info', 'bench_steps',
-           'report', 'speed_table', 'plot_steps', 'first_step', 'step_memory', 'python_cost', 'bench_goals',
-           'goal_rows', 'goal_report', 'save_result', 'bench_catalogue', 'catalogue_report', 'plot_catalogue',
-           'save_catalogue']
+__all__ = ['peer_table', 'bench_peers', 'matrix_cases', 'list_models', 'model_rows', 'ParamSet', 'step_bytes', 'Streams',
+           'state_streams', 'MemoryLimit', 'Contestant', 'peer_rows', 'contestants', 'bench_case', 'machine_info',
+           'bench_steps', 'report', 'speed_table', 'plot_steps', 'first_step', 'step_memory', 'python_cost',
+           'bench_goals', 'goal_rows', 'goal_report', 'save_result', 'vit_matrices', 'MatrixCase', 'bench_matrix_case',
+           'bench_matrices', 'matrices_report', 'save_matrices', 'bench_catalogue', 'catalogue_report',
+           'plot_catalogue', 'save_catalogue']
 
 # %% ../../nbs/tools/benchmark.ipynb #c220ade0
 # a notebook has no __file__
@@ -306,7 +307,7 @@ def _ours(name, modes, wd):
     kw = _our_hypers(info, wd)
     return [Contestant('fastxtend_opt', m, partial(_fastai_style, info.factory(**kw, **({} if m=='native' else {m:True})))) for m in modes if m in info.modes]
 
-# %% ../../nbs/tools/benchmark.ipynb #917ef11d
+# %% ../../nbs/tools/benchmark.ipynb #dc2c88e7
 _b99,_b999,_adam = dict(betas=(.9,.99)),dict(betas=(.9,.999)),dict(betas=(.9,.99), eps=1e-5)
 _l2 = dict(weight_decouple=False)
 _l2_only = 'its decay is L2, ours decoupled'
@@ -343,6 +344,7 @@ peer_table = dict(
     qhm=dict(pytorch_optimizer=('QHM', dict(momentum=.999, nu=.7))),
     yogi=dict(pytorch_optimizer=('Yogi', _l2, 'its average of gradients starts at 1e-6')),
     aggmo=dict(pytorch_optimizer=('AggMo', {})),
+    muon=dict(torch='it takes matrices alone: `bench --matrices` compares the two'),
     pid=dict(pytorch_optimizer=('PID', dict(momentum=.9))),
     accsgd=dict(pytorch_optimizer=('AccSGD', {})),
     adabound=dict(pytorch_optimizer=('AdaBound', _l2)),
@@ -531,10 +533,10 @@ def bench_case(
         r['of_limit'] = lim and lim['step']['median']/r['step']['median']
     return dict(rows=rows, missing=[dict(**case, who=w, why=y) for w,y in missing], order=order)
 
-# %% ../../nbs/tools/benchmark.ipynb #8bd68356
+# %% ../../nbs/tools/benchmark.ipynb #7a5d29d6
 def _versions():
     out = dict(python=platform.python_version())
-    for p in ('torch','fastai','fastcore','fastxtend_opt','torch-optimi','pytorch_optimizer','timm','schedulefree','fastxtend'):
+    for p in ('torch','fastai','fastcore','fastxtend_opt','torch-optimi','pytorch_optimizer','timm','schedulefree','prodigyopt','fastxtend'):
         with contextlib.suppress(Exception): out[p] = version(p)
     return out
 
@@ -910,7 +912,150 @@ def save_result(
     plt.close(plot_steps(result, path=files[2]))
     return files
 
-# %% ../../nbs/tools/benchmark.ipynb #8d4ad9b5
+# %% ../../nbs/tools/benchmark.ipynb #e9aa6244
+def vit_matrices(
+    layers:int=12 # Transformer layers
+)->list: # One `(layer group, decayed, shape)` a matrix, as `model_rows` gives them
+    "The matrices of ViT-S (width 384): query, key and value in one, the projection, and the two of the MLP"
+    return [(0, 1, s) for _ in range(layers) for s in ((1152,384),(384,384),(1536,384),(384,1536))]
+
+class MatrixCase(NamedTuple):
+    "One comparison of `bench_matrices`"
+    name:str # What it is called in the table
+    optimizer:str # Name of our algorithm
+    hypers:dict # What ours is called with
+    modes:tuple # Modes of ours
+    lib:str # The peer's library
+    cls:str # Its class
+    theirs:dict # What that is called with, to be the same algorithm
+    rows:Callable # Returns the parameters' `(layer group, decayed, shape)`
+    model:str # What these are, for the table
+    goal:float|None=None # The peer's step over ours that is wanted; `None`: no goal
+    goal_mode:str='foreach' # Of which mode of ours
+    every:int=1 # Steps of a sample
+    remark:str='' # What remains different
+
+_peer_modules = dict(torch='torch.optim')
+_vit,_vit2 = 'ViT-S, 12 layers',"ViT-S, 2 of its layers"
+_same = dict(momentum=.95, nesterov=True, ns_steps=5)
+matrix_cases = [
+    MatrixCase('Muon, bfloat16', 'muon', dict(mom=.95, wd=.01, ns_dtype=torch.bfloat16), ('native','foreach','fused'), 'torch', 'Muon', _same, vit_matrices, _vit, 1.5),
+    MatrixCase('Muon, float32', 'muon', dict(mom=.95, wd=.01), ('foreach','fused'), 'torch', 'Muon', _same, vit_matrices, _vit, remark='ours in float32, torch in bfloat16, which is all that it has'),
+    MatrixCase('SOAP', 'soap', dict(mom=.95, sqr_mom=.95, eps=1e-8, precondition_frequency=10, wd=.01), ('native','foreach','fused'), 'pytorch_optimizer', 'SOAP',
+               dict(betas=(.95,.95), eps=1e-8, precondition_frequency=10), partial(vit_matrices, 2), _vit2, 1.5, every=10),
+    MatrixCase('Shampoo', 'shampoo', dict(mom=0., eps=1e-6, precondition_frequency=1, wd=0.), ('native','foreach','fused'), 'pytorch_optimizer', 'Shampoo',
+               dict(momentum=0., matrix_eps=1e-6, preconditioning_compute_steps=1), partial(vit_matrices, 1), 'ViT-S, 1 of its layers', 1.5),
+    MatrixCase('Prodigy', 'prodigy', dict(mom=.9, sqr_mom=.999, eps=1e-8, wd=.01), ('native','foreach','fused'), 'prodigyopt', 'Prodigy',
+               dict(betas=(.9,.999), eps=1e-8, decouple=True), partial(model_rows, 'xresnet50'), 'XResNet50', 3., 'fused')]
+
+# %% ../../nbs/tools/benchmark.ipynb #4bc29357
+def _peer_of(case, wd):
+    "The peer as a `Contestant`"
+    lib = importlib.import_module(_peer_modules.get(case.lib, case.lib))
+    cls = getattr(lib, case.cls, None)
+    if cls is None: raise NotImplementedError(f'it has no {case.cls}')
+    return Contestant(case.lib, case.cls, partial(_torch_style, cls, case.theirs, wd=wd))
+
+def bench_matrix_case(
+    case:MatrixCase, # What is compared
+    rounds:int=7, # Samples of each contestant
+    warmup:int=1, # Rounds before the first sample
+    lr:float=1e-4, # Learning rate: small, so that shared parameters stay in range
+    seconds:float|None=None # Take no further round after so many seconds, if there were three
+)->dict: # `rows`, `missing`, and the `order` of each round
+    "Step times of one case's contestants, taken in turns"
+    from fastxtend_opt.engine.registry import get_optimizer
+    pset,turns,found,missing,first = ParamSet(case.rows()),{},{},[],{}
+    def _missing(who, e): missing.append(dict(case=case.name, who=who, why=str(e) if isinstance(e, NotImplementedError) else f'{type(e).__name__}: {e}'))
+    cs = []
+    try:
+        info = get_optimizer(case.optimizer)
+        cs += [Contestant('fastxtend_opt', m, partial(_fastai_style, info.factory(**case.hypers, **({} if m=='native' else {m:True})))) for m in case.modes if m in info.modes]
+    except Exception as e: _missing(f'fastxtend_opt {case.optimizer}', e)
+    try: cs.append(_peer_of(case, case.hypers.get('wd', 0.)))
+    except Exception as e: _missing(f'{case.lib} {case.cls}', e)
+    for c in cs:
+        try:
+            pset.restore()
+            opt = c.make(pset, lr)
+            t = time.perf_counter(); opt.step(); first[c.label] = time.perf_counter()-t
+            turns[c.label],found[c.label] = opt,c
+        except Exception as e: _missing(c.label, e)
+    names,times,order,begun = list(turns),{k:[] for k in turns},[],time.perf_counter()
+    flush = torch.zeros(2*_cache_bytes()//4)
+    with _no_gc():
+        for r in range(warmup+rounds):
+            if not names or (seconds and r>=warmup+3 and time.perf_counter()-begun>seconds): break
+            now = names[r%len(names):] + names[:r%len(names)]
+            if r>=warmup: order.append(now)
+            for k in now:
+                try: t = float(np.mean([_turn(turns[k], pset, flush)[0] for _ in range(case.every)]))
+                except Exception as e: _missing(k, e); names.remove(k); times.pop(k); continue
+                if r>=warmup: times[k].append(t)
+    rows = [dict(case=case.name, optimizer=case.optimizer, model=case.model, contestant=k, lib=found[k].lib, mode=found[k].mode, tensors=len(pset.params), elements=pset.elements,
+                 every=case.every, step=_stats(ts), first_ms=first[k]*1e3) for k,ts in times.items()]
+    peer = next((r['step']['median'] for r in rows if r['lib']==case.lib), None)
+    for r in rows: r['vs_peer'] = peer and peer/r['step']['median']
+    ours = next((r['vs_peer'] for r in rows if (r['lib'],r['mode'])==('fastxtend_opt',case.goal_mode)), None)
+    goal = dict(case=case.name, optimizer=case.optimizer, peer=f'{case.lib} {case.cls}', mode=case.goal_mode, goal=case.goal, value=ours, remark=case.remark,
+                reached=None if ours is None or case.goal is None else ours>=case.goal)
+    return dict(rows=rows, missing=missing, order=order, goal=goal)
+
+def _write(path, text):
+    "All of it or nothing: an interrupted run must not leave half a file"
+    tmp = path.with_name(path.name+'.tmp')
+    tmp.write_text(text)
+    os.replace(tmp, path)
+
+def bench_matrices(
+    optimizers:tuple|None=None, # Names of algorithms. Default: all of `matrix_cases`
+    rounds:int=7, # Samples of each contestant
+    warmup:int=1, # Rounds before the first sample
+    threads:int|None=None, # Threads. Default: torch's present number
+    seconds:float=120., # No further round of a case after so many seconds, if there were three
+    progress:bool=True # Print a line a case?
+)->dict: # Plain types only: `machine`, `goals`, `rows`, `missing`, `orders`
+    "Optimizers of matrices, and Prodigy, beside the libraries that have them"
+    names = [c.optimizer for c in matrix_cases] if optimizers is None else [optimizers] if isinstance(optimizers, str) else list(optimizers)
+    for n in names:
+        if n not in [c.optimizer for c in matrix_cases]: raise ValueError(f"optimizer {n!r} has no case: there are {', '.join(dict.fromkeys(c.optimizer for c in matrix_cases))}.")
+    out = dict(format=1, kind='matrices', machine=None, rounds=rounds, warmup=warmup, goals=[], rows=[], missing=[], orders=[])
+    with _threads(threads):
+        out['machine'] = machine_info()
+        for c in matrix_cases:
+            if c.optimizer not in names: continue
+            res = bench_matrix_case(c, rounds, warmup, seconds=seconds)
+            out['goals'].append(res['goal']); out['rows'] += res['rows']; out['missing'] += res['missing']; out['orders'].append(res['order'])
+            g = res['goal']
+            if progress: print(f"{c.name:20} {g['mode']} x {g['peer']}: {_f(g['value'])}" + (f", wanted {_f(g['goal'])}" if g['goal'] else ''), flush=True)
+    return out
+
+def matrices_report(
+    result:dict # What `bench_matrices` returned
+)->str: # Markdown
+    "The goals as a table, then every contestant's median"
+    said = {True:'yes', False:'**no**', None:'–'}
+    goals = [[g['case'], g['mode'], g['peer'], _f(g['value']), '–' if g['goal'] is None else f">= {_f(g['goal'])}", said[g['reached']], g['remark'] or '–'] for g in result['goals']]
+    rows = [[r['case'], r['contestant'], _f(r['step']['median']), f"{_f(r['step']['q1'])} to {_f(r['step']['q3'])}", _f(r['vs_peer']), _f(r['first_ms']), f"{r['model']}: {r['tensors']} tensors, {r['elements']/1e6:.3g} M"] for r in result['rows']]
+    m = result['machine']
+    out = ['## Matrices\n', "The peer's median step over ours, in the same run, taken in turns:\n", _md(['case', 'mode', 'peer', 'ratio', 'goal', 'reached', 'what differs'], goals) + '\n',
+           'Steps in ms, with the quartiles; the first step, with what it prepares, apart:\n', _md(['case', 'who', 'median', 'quartiles', 'peer over it', 'first step', 'on'], rows) + '\n']
+    if result['missing']: out.append('Missing:\n\n' + '\n'.join(f"- {o['case']}, {o['who']}: {o['why']}" for o in result['missing']) + '\n')
+    out.append(f"{m['cpu']}, {m['threads']} of {m['cores']} cores, load {m['load'] and m['load'][0]}, {result['rounds']} rounds at most, {m['when']}; " + ', '.join(f'{k} {v}' for k,v in m['versions'].items()))
+    return '\n'.join(out)
+
+def save_matrices(
+    result:dict, # What `bench_matrices` returned
+    out:str|Path # Folder
+)->list: # The files written
+    "Write `matrices.json` and `matrices.md`"
+    out = Path(out); out.mkdir(parents=True, exist_ok=True)
+    files = [out/'matrices.json', out/'matrices.md']
+    _write(files[0], json.dumps(result, indent=1)+'\n')
+    _write(files[1], matrices_report(result)+'\n')
+    return files
+
+# %% ../../nbs/tools/benchmark.ipynb #741c1f3d
 _limit_goals = dict(elementwise=.75, reduction=.6)
 
 def _catalogue_entry(res, info, load, seconds):
@@ -931,12 +1076,6 @@ def _catalogue_entry(res, info, load, seconds):
                 missing=[dict(who=m['who'], why=m['why']) for m in res['missing']], cpu=_cpu(), load=load, when=datetime.now(timezone.utc).isoformat(timespec='seconds'),
                 seconds=round(seconds, 1))
 
-def _write(path, text):
-    "All of it or nothing: an interrupted run must not leave half a file"
-    tmp = path.with_name(path.name+'.tmp')
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
 def bench_catalogue(
     out:str|Path|None=None, # Folder of `catalogue.json`, `.md` and `.png`. Default: nothing is written
     optimizers:tuple|None=None, # Names of algorithms, to measure again in a result that is there. Default: all that are registered, or those that an interrupted run left
@@ -951,7 +1090,7 @@ def bench_catalogue(
 )->dict: # `machine`, and for each optimizer of `optimizers` its step times, ratios and who was missing
     "Every registered optimizer beside its own memory limit and the peers that have it, in turns, saved after each optimizer"
     from fastxtend_opt.engine.registry import get_optimizer, list_optimizers
-    names = [o.name for o in list_optimizers()]
+    names = [o.name for o in list_optimizers() if o.kind!='matrix'] # those are for `bench_matrices`
     if optimizers is not None: optimizers = [get_optimizer(o).name for o in ((optimizers,) if isinstance(optimizers, str) else optimizers)]
     rows,path = model_rows(model),Path(out)/'catalogue.json' if out else None
     settings = dict(model=model if isinstance(model, str) else 'custom', modes=list(modes), peers=list(peers), rounds=rounds, warmup=warmup, seconds=seconds)

@@ -9,7 +9,7 @@ import argparse, sys
 # %% auto #0
 __all__ = ['main']
 
-# %% ../../nbs/tools/cli.ipynb #892de30d
+# %% ../../nbs/tools/cli.ipynb #672e42b7
 def _bench_parser(sub):
     p = sub.add_parser('bench', help='step times of optimizers, modes and peers',
         description='Step times of optimizers x modes x peers on the parameters of real models, in turns, beside the memory limit.')
@@ -34,6 +34,8 @@ def _bench_parser(sub):
     one.add_argument('--tables', action='store_true', help='the two tables of the original page: adam, every stored model, both layouts')
     one.add_argument('--catalogue', action='store_true', help='every registered optimizer on one model, beside its own memory limit and all peers; '
                      'saved after each, and an interrupted run goes on; --optimizers measures some of them again')
+    one.add_argument('--matrices', action='store_true', help="optimizers that do matrix algebra, and Prodigy, beside the libraries that have them, with the goals; "
+                     '--optimizers, --rounds, --threads and --out count')
     p.set_defaults(run=_bench)
 
 def _compare_parser(sub):
@@ -64,7 +66,7 @@ def _parser():
     d.set_defaults(run=_demo)
     return p
 
-# %% ../../nbs/tools/cli.ipynb #fa3ddedc
+# %% ../../nbs/tools/cli.ipynb #855a49db
 def _bench(a, rest):
     from fastxtend_opt.tools import benchmark as b
     if a.list:
@@ -83,6 +85,12 @@ def _bench(a, rest):
         result = b.bench_catalogue(a.out, optimizers, models[0], peers=peers, threads=a.threads, progress=not a.quiet,
                                    **given(rounds=a.rounds, warmup=a.warmup, modes=a.modes))
         print(b.catalogue_report(result))
+        return 0
+    if a.matrices:
+        result = b.bench_matrices(optimizers, threads=a.threads, progress=not a.quiet, **given(rounds=a.rounds, warmup=a.warmup))
+        print(b.matrices_report(result))
+        if a.out:
+            for f in b.save_matrices(result, a.out): print(f'written: {f}')
         return 0
     models,optimizers = or_(a.models, ['xresnet18','xresnet50','mlp2000']),or_(optimizers, ['adam'])
     models = list(b.list_models()) if models==['all'] else models

@@ -20,6 +20,7 @@ from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNative
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Optimizer
 from ..engine.optimizer import NativeOptimizer, TapeOptimizer, shared_params
+from ..engine.rules import inner_stepper
 from ..algorithms.lookahead import Lookahead
 
 # %% ../../nbs/training/gradient_release.ipynb #c4164a77
@@ -181,7 +182,7 @@ def _reduce_and_step(state, bucket):
 
 def _distributed(): return dist.is_available() and dist.is_initialized()
 
-# %% ../../nbs/training/gradient_release.ipynb #b1298d19
+# %% ../../nbs/training/gradient_release.ipynb #9a65e511
 def prepare_for_gradient_release(
     model:nn.Module, # Model to train; with several processes, `DistributedDataParallel` may be round it already or come later
     opt:Optimizer # Its optimizer, of any algorithm and mode of this package
@@ -192,7 +193,8 @@ def prepare_for_gradient_release(
     if not isinstance(inner, (TapeOptimizer, NativeOptimizer)):
         raise TypeError(f"gradient release: the optimizer is a {type(inner).__name__}, and one of this package is needed (in any mode: adam(), adam(fused=True), ...).")
     if getattr(inner, 'amp_scaling', False): raise ValueError("gradient release: opt.amp_scaling is on, and an overflow is known only after the last gradient. Switch it off.")
-    if (whole := [cb for cb in inner.cbs if getattr(cb, 'whole_model', False)]): raise ValueError(f"gradient release: stepper '{getattr(whole[-1], '__name__', whole[-1])}' needs the gradients of all parameters at once.")
+    whole = [cb for cb in inner.cbs if getattr(cb, 'whole_model', False) or getattr(inner_stepper(cb), 'whole_model', False)]
+    if whole: raise ValueError(f"gradient release: stepper '{getattr(whole[-1], '__name__', whole[-1])}' needs the gradients of all parameters at once.")
     params = [p for pg in inner.param_lists for p in pg]
     if shared_params(params): raise ValueError("gradient release: two parameters share memory, and one would be stepped while the other is still in use. Tie them by using one Parameter twice.")
     if not {id(p) for p in params} & {id(p) for p in model.parameters()}: raise ValueError("gradient release: no parameter of the model is in the optimizer.")

@@ -7,6 +7,7 @@
     PEERS       other libraries: (function made by `peer`, hyperparameters, names of the decays in which both agree)
     DEVIATIONS  ports that differ, as the page says: (function made by `peer`, hyperparameters, least distance seen, relative to the way)
     WHOLE_MODEL does a step depend on all tensors? (default: no) REFERENCE then takes lists of thetas and decays, has an object a tensor in `inner`, and `step` takes lists
+    ROUNDED     names of state that rounding decides in float32, so that modes are not compared by it there (default: none)
     SIGNED      does the last bit of a sum decide the direction of a step? (default: no)
 
 The older ones stand in `test_oracles.py` itself."""
