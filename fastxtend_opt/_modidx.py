@@ -293,6 +293,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastxtend_opt/algorithms/muon.py'),
                                                'fastxtend_opt.algorithms.muon._muon': ( 'algorithms/muon.html#_muon',
                                                                                         'fastxtend_opt/algorithms/muon.py'),
+                                               'fastxtend_opt.algorithms.muon._scratch': ( 'algorithms/muon.html#_scratch',
+                                                                                           'fastxtend_opt/algorithms/muon.py'),
                                                'fastxtend_opt.algorithms.muon._segment': ( 'algorithms/muon.html#_segment',
                                                                                            'fastxtend_opt/algorithms/muon.py'),
                                                'fastxtend_opt.algorithms.muon._segments': ( 'algorithms/muon.html#_segments',

@@ -6,7 +6,8 @@
 __all__ = ['NS_COEFFICIENTS', 'NS_CACHE', 'ADJUST_LR', 'NS_DTYPES', 'muon', 'muon_scale', 'newton_schulz', 'muon_decay',
            'muon_averages', 'muon_step', 'muon_rules', 'muon_params', 'Muon']
 
-# %% ../../nbs/algorithms/muon.ipynb #bc7d89f2
+# %% ../../nbs/algorithms/muon.ipynb #02b7d809
+import math, threading
 from functools import partial
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from ..engine.registry import Within, as_groups, decays_weights, factory, hyper_
 from ..engine.rules import ShowRules, matches, param_infos, pattern_text, rule_table
 from ..engine.tape import UnsupportedError
 
-# %% ../../nbs/algorithms/muon.ipynb #9d3afe49
+# %% ../../nbs/algorithms/muon.ipynb #713013cc
 NS_COEFFICIENTS = 3.4445,-4.7750,2.0315 # Of the polynomial (a, b, c)
 NS_CACHE = 1<<20 # Elements of the matrices that a CPU works on at a time
 ADJUST_LR = ('original','match_rms_adamw')
@@ -61,6 +62,14 @@ def _iterate(x, out, steps, k, work):
     if not steps: x = x*k
     if x is not out: out.copy_(x)
 
+_kept = threading.local()
+
+def _scratch(shapes, dtype):
+    "Buffers of a thread, at most a few matrices of `NS_CACHE` elements: fresh memory would cost as much as a product"
+    sizes = [math.prod(s) for s in shapes]
+    if getattr(_kept, 'size', 0) < sum(sizes)*dtype.itemsize: _kept.memory,_kept.size = torch.empty(sum(sizes)*dtype.itemsize, dtype=torch.uint8),sum(sizes)*dtype.itemsize
+    return [t.view(s) for t,s in zip(_kept.memory[:sum(sizes)*dtype.itemsize].view(dtype).split(sizes), shapes)]
+
 @opaque(ndim=2)
 def newton_schulz(
     x, # Matrices, with any axes before their two
@@ -76,7 +85,8 @@ def newton_schulz(
     out = torch.empty(xs.shape, dtype=x.dtype, device=x.device)
     n = len(xs) if x.device.type!='cpu' else min(len(xs), max(1, NS_CACHE//xs[0].numel()))
     m = min(x.shape[-2:])
-    work = [torch.empty(n, *s, dtype=dtype, device=x.device) for s in ((m,m), (m,m), xs.shape[1:], xs.shape[1:])]
+    shapes = [(n,m,m), (n,m,m), (n,*xs.shape[1:]), (n,*xs.shape[1:])]
+    work = _scratch(shapes, dtype) if x.device.type=='cpu' else [torch.empty(s, dtype=dtype, device=x.device) for s in shapes]
     for a,o in zip(xs.split(n), out.split(n)): _iterate(a, o, int(steps), k, work)
     return out.view(x.shape)
 
@@ -96,7 +106,7 @@ def muon_decay(
     "Decay by the rate of the step"
     if wd!=0: weight_decay(p, lr=lr if aux_lr_scale==1 or _muon(p, use_muon) else lr*aux_lr_scale, wd=wd, do_wd=do_wd)
 
-# %% ../../nbs/algorithms/muon.ipynb #dda34db5
+# %% ../../nbs/algorithms/muon.ipynb #53ce7119
 def muon_averages(
     p, # The parameter
     mom:float, # Moving average coefficient of the gradient (μ)
@@ -109,7 +119,7 @@ def muon_averages(
     **kwargs
 )->dict: # State `grad_avg`; and `sqr_avg` and `step`
     "Average of the gradient, and for Adam that of its square"
-    if _muon(p, use_muon): return average_grad(p, mom=mom, dampening=True, grad_avg=grad_avg)
+    if _muon(p, use_muon): return {'grad_avg': (torch.zeros_like(p.grad.data) if grad_avg is None else grad_avg).lerp_(p.grad.data, 1-mom)}
     return {**step_stat(p, step=step), **average_grad(p, mom=aux_mom, dampening=True, grad_avg=grad_avg), **average_sqr_grad(p, sqr_mom=aux_sqr_mom, sqr_avg=sqr_avg)}
 
 muon_averages.no_momentum = dict(mom=0., aux_mom=0.) # schedule-free has it in its own way
