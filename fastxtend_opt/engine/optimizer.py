@@ -54,7 +54,7 @@ def check_hyper(
         raise ValueError(f"hyper-parameter '{name}' is {v!r}: fastai hyper-parameters are one number a group (a sequence is split over the groups). Use a name for each value, or close over it with functools.partial.")
     return v
 
-# %% ../../nbs/engine/07_optimizer.ipynb #5ba93413
+# %% ../../nbs/engine/07_optimizer.ipynb #4793d3ea
 def _flat(lists):
     "All parameters, and how many each group has"
     ps,ns = [],[]
@@ -77,6 +77,7 @@ def _extent(p): return 1 + sum((n-1)*s for n,s in zip(p.shape, p.stride()))
 class _Plan:
     "The cohorts of an optimizer, and whether they still hold"
     def __init__(self, opt):
+        opt._fix_state()
         self.params,self.sizes = _flat(opt.param_lists)
         self.idle = [p for p in self.params if p.grad is None]
         self.cohorts = make_cohorts(opt, opt._by_shape, opt._sort)
@@ -117,7 +118,7 @@ class Storage:
         if not (kahan or rounding or (self.state_dtype is not None and dtype is not torch.float64)): return None
         return LowPrecision(kahan, rounding, self.state_dtype or dtype, self.seed)
 
-# %% ../../nbs/engine/07_optimizer.ipynb #c0966fe7
+# %% ../../nbs/engine/07_optimizer.ipynb #06508041
 def _probe(cbs, hyper, sign, case={}):
     "Where three micro-batches whose gradients have this sign, and a whole step without a gradient, take a parameter"
     cbs = [within_rule(cb, lambda f: f.args[0] if getattr(getattr(f, 'func', None), 'masks_step', False) else f) for cb in cbs] # a masked step never moves without a gradient
@@ -162,8 +163,9 @@ class StepOptimizer(Optimizer):
         self._fix_state()
 
     def _fix_state(self, loaded=False):
+        if self.fixed_state is None: return
         ps = [p for pg in self.param_lists for p in pg]
-        if self.fixed_state is None or len(self.fixed_state) != len(ps): return # the parameter lists were replaced
+        if len(self.fixed_state) != len(ps): return # the parameter lists were replaced
         state,other = self.state,0
         for p,own in zip(ps, self.fixed_state):
             st = state[p] if p in state else {}
@@ -384,7 +386,7 @@ class JitOptimizer(TapeOptimizer):
     def _run(self, work):
         for c,tape,_ in work: run_script(tape, c.tensors())
 
-# %% ../../nbs/engine/07_optimizer.ipynb #18b9d578
+# %% ../../nbs/engine/07_optimizer.ipynb #4289ac2e
 class _Watched(torch.Tensor):
     "A tensor whose `data` is itself, so that its version tells whether a stepper has written to it"
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -395,6 +397,7 @@ class NativeOptimizer(StepOptimizer):
     storage = Storage()
 
     def _step(self, extra):
+        self._fix_state()
         some = self._harmless(extra) if self._accumulation else {}
         for p,pg,state,hyper in self.all_params(with_grad=True):
             hyper,cbs = {**hyper, **extra},some.get(p, self.cbs)
