@@ -122,6 +122,14 @@ def test_state_stays_and_checkpoints_resume(mode):
     assert [x.state[p] for p in a.parameters()]==[{'rule':n} for n in numbers] and len(set(numbers))==5
     go(x, range(2))
 
+@modes
+def test_state_that_was_thrown_away_by_hand(mode):
+    "A parameter without its number would be left alone without a word"
+    m = net(); opt = go(make(m, TABLE, mode), range(2)); before = values(m.parameters())
+    opt.state = {}; go(opt, [2])
+    del opt.state[m[1].weight]; go(opt, [3])
+    assert all((a!=b).any() for a,b in zip(m.parameters(), before)) and len({opt.state[p]['rule'] for p in m.parameters()})==5
+
 def test_state_of_another_optimizer():
     m = net(); opt = make(m, TABLE); plain = go(Adam(net().parameters(), lr=.1), range(2))
     with no_warnings(): opt.load_state_dict(plain.state_dict())

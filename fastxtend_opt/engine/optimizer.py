@@ -56,7 +56,7 @@ def check_hyper(
         raise ValueError(f"hyper-parameter '{name}' is {v!r}: fastai hyper-parameters are one number a group (a sequence is split over the groups). Use a name for each value, or close over it with functools.partial.")
     return v
 
-# %% ../../nbs/engine/07_optimizer.ipynb #fd414e67
+# %% ../../nbs/engine/07_optimizer.ipynb #2d5a659d
 def _flat(lists):
     "All parameters, and how many each group has"
     ps,ns = [],[]
@@ -79,6 +79,7 @@ def _extent(p): return 1 + sum((n-1)*s for n,s in zip(p.shape, p.stride()))
 class _Plan:
     "The cohorts of an optimizer, and whether they still hold"
     def __init__(self, opt):
+        opt._fix_state()
         self.params,self.sizes = _flat(opt.param_lists)
         self.idle = [p for p in self.params if p.grad is None]
         self.cohorts = make_cohorts(opt, opt._by_shape, opt._sort)
@@ -180,7 +181,7 @@ class Between:
             return _totals.get(self.totals[k], self.totals[k])(v).to(dtype)
         return {**none, **dict(zip(got, torch.stack([total(k) for k in got]).tolist()))}
 
-# %% ../../nbs/engine/07_optimizer.ipynb #106c26a4
+# %% ../../nbs/engine/07_optimizer.ipynb #c49be4f3
 def _probe(cbs, hyper, sign, case={}):
     "Where three micro-batches whose gradients have this sign, and a whole step without a gradient, take a parameter"
     cbs = [within_rule(cb, lambda f: f.args[0] if getattr(getattr(f, 'func', None), 'masks_step', False) else f) for cb in cbs] # a masked step never moves without a gradient
@@ -278,8 +279,9 @@ class StepOptimizer(Optimizer):
         self._fix_state()
 
     def _fix_state(self, loaded=False):
+        if self.fixed_state is None: return
         ps = [p for pg in self.param_lists for p in pg]
-        if self.fixed_state is None or len(self.fixed_state) != len(ps): return # the parameter lists were replaced
+        if len(self.fixed_state) != len(ps): return # the parameter lists were replaced
         state,other = self.state,0
         for p,own in zip(ps, self.fixed_state):
             st = state[p] if p in state else {}
@@ -552,7 +554,7 @@ class JitOptimizer(TapeOptimizer):
     def _run(self, work):
         for c,tape,_ in work: run_script(tape, c.tensors())
 
-# %% ../../nbs/engine/07_optimizer.ipynb #e40531f0
+# %% ../../nbs/engine/07_optimizer.ipynb #5f95c796
 class _Watched(torch.Tensor):
     "A tensor whose `data` is itself, so that its version tells whether a stepper has written to it"
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -563,6 +565,7 @@ class NativeOptimizer(StepOptimizer):
     storage = Storage()
 
     def _step(self, extra):
+        self._fix_state()
         some = self._harmless(extra) if self._accumulation else {}
         for p,pg,state,hyper in self.all_params(with_grad=True):
             hyper,cbs = {**hyper, **extra},some.get(p, self.cbs)
