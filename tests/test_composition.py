@@ -140,7 +140,7 @@ def test_in_a_learner(tmp_path):
     assert_same(run(fused=True), run(), rtol=1e-4)
 
 # ---------------------------------------------------------------- what goes round what
-YES = 'lookahead:cautious centralize rules|cautious:centralize rules|schedule_free:centralize rules|centralize:lookahead cautious schedule_free rules|rules:cautious centralize rules'
+YES = 'lookahead:cautious centralize rules sam|cautious:centralize rules sam|schedule_free:centralize rules|centralize:lookahead cautious schedule_free rules sam|rules:cautious centralize rules|sam:lookahead cautious centralize rules'
 
 @pytest.mark.parametrize('base', [adam,lion,sgd])
 def test_the_table(base):

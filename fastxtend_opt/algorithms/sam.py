@@ -112,7 +112,7 @@ class SAM(SecondGradient):
         super().load_state_dict(sd)
         for h,rho in zip(self.hypers, self._rhos): h.setdefault('sam_rho', rho)
 
-# %% ../../nbs/algorithms/sam.ipynb #121de227
+# %% ../../nbs/algorithms/sam.ipynb #ed9d6c96
 def sam(
     opt_func=None, # What a `Learner` takes as `opt_func`: `adam(fused=True)`; `None`: `sgd(mom=.9)`
     rho:float|slice=.05, # Length of the way to the point whose gradient is taken (ρ)
@@ -125,6 +125,7 @@ def sam(
     return partial(_sam, opt_func, rho, adaptive)
 
 def _sam(opt_func, rho, adaptive, params, **hypers): return SAM(opt_func(params, **hypers), rho, adaptive)
+_sam.wraps_opt_func = 'sam'
 
 # %% ../../nbs/algorithms/sam.ipynb #0f0a0d4a
 class SAMPass(ExtraPass):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wrappers', 'why_not', 'composition_table', 'refusals', 'algorithm_refusals']
 
-# %% ../../nbs/training/composition.ipynb #38fa58ef
+# %% ../../nbs/training/composition.ipynb #03f10061
 from functools import partial
 import torch
 from torch import nn
@@ -15,11 +15,12 @@ from ..algorithms.adam import adam
 from ..algorithms.cautious import cautious
 from ..algorithms.centralize import centralize
 from ..algorithms.lookahead import lookahead
+from ..algorithms.sam import sam
 from ..algorithms.schedulefree import schedule_free
 from .rules import rules
 
-# %% ../../nbs/training/composition.ipynb #8df3bd35
-wrappers = dict(lookahead=lookahead, cautious=cautious, schedule_free=schedule_free, centralize=centralize, rules=lambda f: rules({'*': f}, show=False)) # Name of a wrapper -> it, as a function of an `opt_func`
+# %% ../../nbs/training/composition.ipynb #ae26b6fb
+wrappers = dict(lookahead=lookahead, cautious=cautious, schedule_free=schedule_free, centralize=centralize, rules=lambda f: rules({'*': f}, show=False), sam=sam) # Name of a wrapper -> it, as a function of an `opt_func`
 
 def why_not(
     wrapper, # A wrapper: a function of an `opt_func`, such as one of `wrappers`
