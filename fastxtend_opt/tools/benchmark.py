@@ -133,7 +133,7 @@ def _state_streams(optimizer, shape):
                 changed[k] = changed.get(k, 0) + (i>=30-last and not (k in before and torch.equal(before[k], v)))
     slow = [n for n in changed.values() if 0<n<last]
     return Streams(sum(n==last for n in changed.values()), sum(n==0 for n in changed.values()), len(slow),
-                   round(last*len(slow)/sum(slow)) if slow else 1, info.kind=='reduction')
+                   round(last*len(slow)/sum(slow)) if slow else 1, info.kind in ('reduction','model'))
 
 def state_streams(
     optimizer:str, # Name of the algorithm
