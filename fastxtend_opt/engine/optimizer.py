@@ -262,6 +262,7 @@ class StepOptimizer(Optimizer):
         for cb in self.cbs:
             if isinstance(cb, Between):
                 for h in self.hypers: h.update(cb.defaults)
+        self._fix_state()
 
     after_step = None # A function of the states of a group's parameters, for what tensors of a group have to agree on; run after each step that is no accumulation, and maybe twice
     def _after_step(self):
@@ -276,9 +277,9 @@ class StepOptimizer(Optimizer):
         "Put `numbers` into the state of the parameters, to stay there through `clear_state` and `load_state_dict`"
         if len(numbers) != sum(map(len, self.param_lists)): raise ValueError(f"fix_state: {len(numbers)} dicts for {sum(map(len, self.param_lists))} parameters: pass one a parameter.")
         self.fixed_state = [dict(o) for o in numbers]
-        self._fix_state()
+        self._fix_state(over=True)
 
-    def _fix_state(self, loaded=False):
+    def _fix_state(self, loaded=False, over=False):
         if self.fixed_state is None: return
         ps = [p for pg in self.param_lists for p in pg]
         if len(self.fixed_state) != len(ps): return # the parameter lists were replaced
@@ -286,7 +287,8 @@ class StepOptimizer(Optimizer):
         for p,own in zip(ps, self.fixed_state):
             st = state[p] if p in state else {}
             other += loaded and any(k in st and st[k] != v for k,v in own.items())
-            if any(k not in st or st[k] != v for k,v in own.items()): state[p] = {**st, **own}
+            if (loaded or over) and any(k not in st or st[k] != v for k,v in own.items()): state[p] = {**st, **own}
+            elif any(k not in st for k in own): state[p] = {**own, **st} # what was changed by hand stays
         if other: warnings.warn(f"the state that was loaded was made with other rules for {other} of {len(ps)} parameters. The rules of this optimizer stay; what it has in memory of these parameters may be another algorithm's.", stacklevel=3)
 
     def _set_hyper(self, k, v):
@@ -300,11 +302,6 @@ class StepOptimizer(Optimizer):
         return self._rules(self) if callable(self._rules) else self._rules
     @rules.setter
     def rules(self, v): self._rules = v # a table, or a function of the optimizer that makes one
-
-    def clear_state(self):
-        "Forget all state but what is fixed"
-        super().clear_state()
-        self._fix_state()
 
     def load_state_dict(self,
         sd:dict # As `state_dict` returns it
