@@ -66,6 +66,14 @@ def without_a_training_loop(request):
     with nullcontext() if getattr(request.module, 'TRAINS', False) else dry_run(): yield
 
 @pytest.fixture
+def one_thread():
+    "One torch thread, and the number there was after the test"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+@pytest.fixture
 def threads():
     "Set torch's threads within a test, and put them back after it"
     n = torch.get_num_threads()

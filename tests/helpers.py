@@ -1,5 +1,5 @@
 "Compare, build and run: what every test of an optimizer here shares."
-import copy,numbers
+import copy,numbers,pickle
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -222,3 +222,13 @@ def unchanged(params, opt):
     assert_bitwise([p.data for p in params], before[0], 'params')
     assert_bitwise(detach_copy(opt.state_dict()), before[1], 'state_dict')
     assert [p.data_ptr() for p in params] == before[2]
+
+def assert_copies_go_on(opt, stream, steps):
+    "A deep copy and a pickle of `opt` take the same steps as it does, and apart from it"
+    def on(o):
+        ps = [p for g in o.param_lists for p in g]
+        for i in steps: stream.set(ps, i); o.step()
+        return snapshot(ps, o)
+    twins = copy.deepcopy(opt),pickle.loads(pickle.dumps(opt))
+    want = on(opt)
+    for t in twins: assert_bitwise(on(t), want)

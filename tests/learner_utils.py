@@ -3,6 +3,7 @@ import warnings
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from fastai.callback.progress import ProgressCallback
 from fastai.learner import Callback,noop
 from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model,digits_splitter
@@ -53,3 +54,18 @@ def no_warnings(ignore=()):
         warnings.simplefilter('error')
         for o in ignore: warnings.filterwarnings('ignore', message=o)
         yield
+
+# ---------------------------------------------------------------- a small one with dropout and BatchNorm, for passes that must leave no trace in either
+def dropout_learner(opt_func, cbs=(), path=None, n_train=128, bs=32, dropout=.2, **kwargs):
+    torch.manual_seed(1)
+    model = nn.Sequential(digits_model(4, 1, seed=3), nn.Dropout(dropout))
+    learn = digits_learner(opt_func, digits_dls(bs=bs, seed=1, n_train=n_train), model, cbs=list(cbs), **kwargs)
+    if path: learn.path = path
+    learn.logger = noop
+    return learn
+
+def fit(learn, n=1, lr=.1, **kwargs):
+    with learn.no_bar(): learn.fit(n, lr, **kwargs)
+    return learn
+
+def all_of(learn): return [t.detach().clone() for t in (*learn.model.parameters(), *learn.model.buffers())]

@@ -1,6 +1,8 @@
 "AdaHessian with estimates: timm's and pytorch_optimizer's numbers, a diagonal quadratic, and the callback. (With gradients in their place: the shared tests.)"
 import copy,gc,pickle,weakref
 
+from functools import partial
+
 import numpy as np,pytest,torch
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.training import GradientAccumulation,GradientClip
@@ -12,10 +14,11 @@ from fastxtend_opt.algorithms.adahessian import AdaHessian,AdaHessianPass,adahes
 from fastxtend_opt.algorithms.adam import adam
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.engine.optimizer import dry_run
-from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model
+from fastxtend_opt.tools.demo import digits_splitter
 from fastxtend_opt.training.gradient_release import GradientRelease,prepare_for_gradient_release
 from fastxtend_opt.training.optimizer_accumulation import OptimizerAccumulation
 from helpers import ALL_MODES,WithBackend,assert_bitwise,assert_same,backend_of,detach_copy,flags
+from learner_utils import all_of,dropout_learner,fit
 from reference.adahessian import AdaHessian as Reference
 
 TRAINS = True # steps here have estimates, or must fail
@@ -193,17 +196,7 @@ def test_gradient_release_with_estimates_made_before():
     assert all(p.grad is None for p in ps) and not torch.equal(w[0], ps[0])
 
 # ---------------------------------------------------------------- in a Learner
-def learner(opt_func, cbs=(), n_train=96, bs=32, dropout=.2, **kwargs):
-    torch.manual_seed(1)
-    learn = digits_learner(opt_func, digits_dls(bs=bs, seed=1, n_train=n_train), nn.Sequential(digits_model(4, 1, seed=3), nn.Dropout(dropout)), cbs=list(cbs), **kwargs)
-    learn.logger = lambda *a, **k: None
-    return learn
-
-def fit(learn, n=1, lr=.1, **kwargs):
-    with learn.no_bar(): learn.fit(n, lr, **kwargs)
-    return learn
-
-def all_of(learn): return [t.detach().clone() for t in (*learn.model.parameters(), *learn.model.buffers())]
+learner = partial(dropout_learner, n_train=96)
 
 def by_hand(n, lr, acc=None, clip=None, update_each=1):
     learn = learner(adahessian(update_each=update_each), n_train=128)

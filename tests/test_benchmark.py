@@ -13,12 +13,7 @@ ENV = dict(os.environ, PYTHONPATH=str(ROOT))
 TINY = dict(tiny=[(0,1,(16,8)), (0,0,(16,)), (1,1,(4,16)), (1,0,(4,))])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

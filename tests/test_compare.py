@@ -11,12 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORT = dict(task_names=['table'], short=1/12, processes=0, progress=False)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.fixture(scope='module')

@@ -178,13 +178,7 @@ def test_copies(mode):
     params,stream = make_params(dtype=torch.float64, big=False),GradStream(6)
     opt = clipping(two_groups(params), mode)
     for i in range(2): stream.set(params, i); opt.step()
-    def on(o):
-        ps = [p for g in o.param_lists for p in g]
-        for i in (2,3): stream.set(ps, i); o.step()
-        return snapshot(ps, o)
-    twins = copy.deepcopy(opt),pickle.loads(pickle.dumps(opt))
-    want = on(opt)
-    for t in twins: assert_bitwise(on(t), want)
+    assert_copies_go_on(opt, stream, (2,3))
 
 # ---------------------------------------------------------------- with others
 @every

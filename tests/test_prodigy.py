@@ -199,10 +199,4 @@ def test_copies(mode):
     params,stream = make_params(dtype=torch.float64, big=False),GradStream(3)
     with backend_of(mode): opt = Prodigy(two_groups(params), **GROWS, **flags(mode))
     for i in range(4): stream.set(params, i); opt.step()
-    def on(o):
-        ps = [p for g in o.param_lists for p in g]
-        for i in (4,5): stream.set(ps, i); o.step()
-        return snapshot(ps, o)
-    twins = copy.deepcopy(opt),pickle.loads(pickle.dumps(opt))
-    want = on(opt)
-    for t in twins: assert_bitwise(on(t), want)
+    assert_copies_go_on(opt, stream, (4,5))

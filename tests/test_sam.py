@@ -21,11 +21,12 @@ from fastxtend_opt.algorithms.sam import SAM,SAMPass,sam
 from fastxtend_opt.algorithms.schedulefree import AdamWScheduleFree
 from fastxtend_opt.algorithms.sgd import SGD,sgd
 from fastxtend_opt.algorithms.svrg import SVRG
-from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model
+from fastxtend_opt.tools.demo import digits_splitter
 from fastxtend_opt.training.extra_pass import ExtraPass
 from fastxtend_opt.training.gradient_release import GradientRelease,prepare_for_gradient_release
 from fastxtend_opt.training.optimizer_accumulation import OptimizerAccumulation
 from helpers import ALL_MODES,WithBackend,assert_bitwise,assert_same,backend_of,detach_copy,flags
+from learner_utils import all_of,dropout_learner,fit
 
 class Net(nn.Module):
     def __init__(self):
@@ -197,19 +198,7 @@ def test_grad_scaler_in_a_plain_loop():
     assert_same(*res, rtol=1e-4, atol=1e-6)
 
 # ---------------------------------------------------------------- in a Learner
-def learner(opt_func, cbs=(), path=None, n_train=96, bs=32, dropout=.2, **kwargs):
-    torch.manual_seed(1)
-    model = nn.Sequential(digits_model(4, 1, seed=3), nn.Dropout(dropout))
-    learn = digits_learner(opt_func, digits_dls(bs=bs, seed=1, n_train=n_train), model, cbs=list(cbs), **kwargs)
-    if path: learn.path = path
-    learn.logger = lambda *a, **k: None
-    return learn
-
-def fit(learn, n=1, lr=.1, **kwargs):
-    with learn.no_bar(): learn.fit(n, lr, **kwargs)
-    return learn
-
-def all_of(learn): return [t.detach().clone() for t in (*learn.model.parameters(), *learn.model.buffers())]
+learner = partial(dropout_learner, n_train=96)
 
 class Seen(Callback):
     "What each backward pass gave, the batch, and the losses after the batch"

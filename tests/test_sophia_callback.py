@@ -21,24 +21,13 @@ from fastxtend_opt.algorithms.adam import adam
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.algorithms.sam import SAMPass,sam
 from fastxtend_opt.algorithms.sophia import Sophia,SophiaEstimate,sampled_binary_cross_entropy,sampled_cross_entropy,sophia,update_hessian
-from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model,digits_splitter
+from fastxtend_opt.tools.demo import digits_splitter
 from fastxtend_opt.training.gradient_release import GradientRelease
 from fastxtend_opt.training.optimizer_accumulation import OptimizerAccumulation
 from helpers import assert_bitwise,assert_same,detach_copy,flags
+from learner_utils import all_of,dropout_learner as learner,fit
 
-def learner(opt_func, cbs=(), path=None, n_train=128, bs=32, dropout=.2, **kwargs):
-    torch.manual_seed(1)
-    model = nn.Sequential(digits_model(4, 1, seed=3), nn.Dropout(dropout))
-    learn = digits_learner(opt_func, digits_dls(bs=bs, seed=1, n_train=n_train), model, cbs=list(cbs), **kwargs)
-    if path: learn.path = path
-    learn.logger = lambda *a, **k: None
-    return learn
-
-def fit(learn, n=1, lr=.01, **kwargs):
-    with learn.no_bar(): learn.fit(n, lr, **kwargs)
-    return learn
-
-def all_of(learn): return [t.detach().clone() for t in (*learn.model.parameters(), *learn.model.buffers())]
+fit = partial(fit, lr=0.01)
 def hessians(opt): return [s.get('hessian') for s in opt.state_dict()['state']]
 def nothing(pred, *yb): return pred.sum(),0
 

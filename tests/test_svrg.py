@@ -20,9 +20,9 @@ from fastxtend_opt.algorithms.sam import SAM
 from fastxtend_opt.algorithms.schedulefree import SGDScheduleFree
 from fastxtend_opt.algorithms.sgd import SGD,sgd
 from fastxtend_opt.algorithms.svrg import SVRG,SVRGPass,svrg
-from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model
 from fastxtend_opt.training.gradient_release import GradientRelease,prepare_for_gradient_release
 from helpers import ALL_MODES,WithBackend,assert_bitwise,assert_same,backend_of,detach_copy,flags
+from learner_utils import all_of,dropout_learner as learner,fit
 from reference.svrg import SVRG as Reference
 
 gen = torch.Generator().manual_seed(0)
@@ -161,19 +161,6 @@ def test_what_is_refused():
     assert opt.snap_p is None
 
 # ---------------------------------------------------------------- in a Learner
-def learner(opt_func, cbs=(), path=None, n_train=128, bs=32, dropout=.2, **kwargs):
-    torch.manual_seed(1)
-    model = nn.Sequential(digits_model(4, 1, seed=3), nn.Dropout(dropout))
-    learn = digits_learner(opt_func, digits_dls(bs=bs, seed=1, n_train=n_train), model, cbs=list(cbs), **kwargs)
-    if path: learn.path = path
-    learn.logger = lambda *a, **k: None
-    return learn
-
-def fit(learn, n=1, lr=.1, **kwargs):
-    with learn.no_bar(): learn.fit(n, lr, **kwargs)
-    return learn
-
-def all_of(learn): return [t.detach().clone() for t in (*learn.model.parameters(), *learn.model.buffers())]
 
 class Seen(Callback):
     run_valid,order = False,99
