@@ -530,7 +530,7 @@ class TapeOptimizer(StepOptimizer):
             except ValueError as e:
                 s = next((s for s in slots if s.kind[0] == 'o' and f"'{s.name}'" in str(e)), next(s for s in slots if s.kind[0] == 'o'))
                 raise ValueError(f"state '{s.name}' has shape {tuple(opaque_shape(s.kind))}, its parameter {tuple(p.shape)}, and the steppers can't work with that: {e} Nothing was loaded.") from None
-            except Exception: pass # they want what is known only in a step
+            except Exception: pass # they want what only a step has, as its own arguments: it will trace them, and say what is wrong
             seen.add(key)
 
     def __repr__(self):
@@ -791,11 +791,12 @@ class FusedOptimizer(TapeOptimizer):
     def _prepare(self, work):
         for d in {c.device for c,_,_ in work if c.device.type == 'cuda'}: _refuse_capture(d)
         self._plan.forms = forms = [None if tape.opaque else self._plan.form(c, tape) for c,tape,_ in work]
+        self._plan.wide = wide = [None if form else widen_tape(tape) for (_,tape,_),form in zip(work, forms)] # of what is run in parts, or by foreach
         if self._amp and not all(forms): # some tape has no kernel, or more than one
             if not self._unscale(*self._amp): raise _Overflow
             self._amp = None
-        for (c,tape,_),form in zip(work, forms):
-            parts = [form] if form else [self._plan.form(c, part.of(tape)) for part in cut_tape(widen_tape(tape)).parts if part] if tape.opaque else []
+        for (c,tape,_),form,wider in zip(work, forms, wide):
+            parts = [form] if form else [self._plan.form(c, part.of(tape)) for part in cut_tape(wider).parts if part] if tape.opaque else []
             for form in filter(None, parts):
                 kernel = self._plan.kernel(c, form[0])
                 if self._plan.backends[c] == 'triton': warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
@@ -818,20 +819,20 @@ class FusedOptimizer(TapeOptimizer):
 
     def _run(self, work):
         plan,copies,jobs,cuts = self._plan,[],[],[]
-        for (c,tape,_),form in zip(work, plan.forms):
-            if c not in plan.tables or not (form or tape.opaque): run_foreach(widen_tape(tape), c.tensors(), c in plan.one_by_one, plan.pools[c]); continue
+        for (c,tape,_),form,wider in zip(work, plan.forms, plan.wide):
+            if c not in plan.tables or not (form or tape.opaque): run_foreach(wider, c.tensors(), c in plan.one_by_one, plan.pools[c]); continue
             if plan.how[c] == 'copy': copies.append((tape, *plan.tables[c].copied_grads()))
             torch.autograd.graph.increment_version(c.params) # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
             if tape.known()[1]: torch.autograd.graph.increment_version(plan.tables[c].grads)
             if form: jobs.append((plan.tables[c], *form))
-            else: cuts.append((c, CutRun(widen_tape(tape), [c.params, copies[-1][2] if plan.how[c] == 'copy' else plan.tables[c].grads, *c.tensors()[2:]], plan.pools[c])))
+            else: cuts.append((c, CutRun(wider, [c.params, copies[-1][2] if plan.how[c] == 'copy' else plan.tables[c].grads, *c.tensors()[2:]], plan.pools[c])))
         self._launch(jobs)
         for k in range(max((run.cut.n for _,run in cuts), default=0)):
             jobs = []
             for c,run in cuts:
                 if k >= run.cut.n or (part := run.part(k)) is None: continue
                 if form := plan.form(c, part): jobs.append((plan.part_table(c, run.cut.parts[k]).fill(run.lists(k)), *form))
-                else: run_foreach(widen_tape(part), run.lists(k))
+                else: run_foreach(part, run.lists(k))
             self._launch(jobs)
             for _,run in cuts:
                 if k < run.cut.n: run.call(k)

@@ -197,6 +197,7 @@ def widen_tape(
 ) -> Tape: # One that calculates in float32 what is in bfloat16 or float16, and rounds what it stores
     "`tape` as a kernel runs it, for a backend that rounds each result to its dtype"
     small,f32 = (torch.bfloat16, torch.float16),torch.float32
+    if not any(d in small for _,d in tape.types): return tape
     cast = {j for j,o in enumerate(tape.ops) if type(o[0]) is str and o[0].startswith(('to_','sround'))}
     if not any(d in small and j not in cast for j,(_,d) in enumerate(tape.types)): return tape
     ops,types,refs,raw = [],[],{},{}
