@@ -1,5 +1,5 @@
 # make demo    train a real classifier in four modes (installs into .venv first)
-# make test    everything that must hold: generated files, notebooks, documentation, tests
+# make test    everything that must hold: generated files, notebooks, tests (which render the documentation)
 # make docs    the documentation site, in _site_preview/
 # make bench   step times; ARGS='--help' says what can be asked for
 # make clean   remove what was built; make distclean removes .venv as well
@@ -34,7 +34,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 demo: $(STAMP)
 	$(BIN)/fastxtend-opt demo $(ARGS)
 
-test: check notebooks docs pytest
+test: check notebooks pytest
 
 # one torch thread a process: the processes share the cores. The kernels' folder is the project's own, so that nothing outside is relied on
 test check notebooks docs pytest: export OMP_NUM_THREADS := 1

@@ -1,5 +1,5 @@
 "One kernel cache per test session, shared by its workers; one torch thread a process unless a test asks for more."
-import atexit,os,shutil,tempfile
+import atexit,dataclasses,os,shutil,tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,6 +26,33 @@ from fastxtend_opt.engine.registry import MODES,list_optimizers
 from helpers import CORE,backend_of
 torch.set_num_threads(1)
 fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
+
+def _lighten_interpreter():
+    """Triton's interpreter in half the time: no search for overflows of integers (`test_integers_do_not_overflow` makes it), and what depends on a type alone,
+    dtypes, shapes and types of blocks, is not made anew for each value"""
+    try:
+        from triton.runtime import interpreter as ti
+        import triton.language.core as tl
+    except ImportError: return
+    ti.interpreter_builder.options = dataclasses.replace(ti.interpreter_builder.options, sanitize_overflow=False)
+    dtypes,np_dtype,with_element_ty,init = {},ti._get_np_dtype,tl.block_type.with_element_ty,tl.tensor.__init__
+    def _np_dtype(t):
+        key = t if type(t) is tl.dtype else type(t) is tl.block_type and type(t.element_ty) is tl.dtype and t.element_ty # a pointer has no hash
+        if not key: return np_dtype(t)
+        if key not in dtypes: dtypes[key] = np_dtype(key)
+        return dtypes[key]
+    def _with_element_ty(self, scalar_ty):
+        if type(scalar_ty) is not tl.dtype: return with_element_ty(self, scalar_ty)
+        made = self.__dict__.setdefault('_made', {})
+        if scalar_ty not in made: made[scalar_ty] = with_element_ty(self, scalar_ty)
+        return made[scalar_ty]
+    def _init(self, handle, type):
+        if '_tensor' in type.__dict__: self.__dict__.update(type.__dict__['_tensor'], handle=handle)
+        else:
+            init(self, handle, type)
+            type._tensor = {k:v for k,v in self.__dict__.items() if k != 'handle'}
+    ti._get_np_dtype,tl.block_type.with_element_ty,tl.tensor.__init__ = _np_dtype,_with_element_ty,_init
+_lighten_interpreter()
 
 def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow (the whole cross product, long property tests)')

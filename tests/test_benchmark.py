@@ -115,7 +115,7 @@ def test_bytes_of_real_states(optimizer, want):
     assert all(r['bytes_per_element']==pytest.approx(want) for r in rows)
 
 
-@pytest.mark.parametrize('optimizer', ['adam','lamb','ranger'])
+@pytest.mark.parametrize('optimizer', ['adam', *(pytest.param(o, marks=pytest.mark.slow) for o in ('lamb','ranger'))])
 def test_own_modes(optimizer):
     res = B.bench_case(TINY['tiny'], optimizer, ('native','foreach','jit','fused'), (), 'groups', rounds=2, warmup=0)
     assert not res['missing']

@@ -181,3 +181,10 @@ def test_renderer_renders(tmp_path):
     assert 'secret' not in index and 'fig-cap' not in index
     for text in ('href="../index.html"', 'id="f"', '<td>Learning rate, 0 | 1</td>', '<em>returns</em>', 'def'): assert text in other, text
     assert (tmp_path/'out'/'files'/'index-1.png').read_bytes().startswith(b'\x89PNG')
+
+@pytest.mark.slow
+@pytest.mark.parametrize('src', sorted(p.relative_to(root).as_posix() for p in (root/'nbs').rglob('*.ipynb') if re.search(r'#\s*\| slow\b', p.read_text(encoding='utf-8'))))
+def test_slow_cells(src):
+    "Cells that `make notebooks` leaves out for their time give what the page says"
+    r = subprocess.run([str(Path(sys.executable).parent/'nbdev-test'), '--flags', 'slow', src], cwd=root, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr[-3000:]

@@ -70,9 +70,9 @@ def test_same_weights(name, mode):
     assert_bitwise(b, a)
     assert any((x!=y).any() for x,y in zip(a[0], net().parameters()))
 
-@pytest.mark.parametrize('mode', ALL_MODES)
-@pytest.mark.parametrize('storage', [{}, dict(stochastic_rounding=True, seed=5), dict(state_dtype=torch.float32), dict(kahan_sum=False)], ids=['kahan','sround','f32_state','plain'])
-def test_same_weights_bfloat16(mode, storage):
+STORAGES = dict(kahan={}, sround=dict(stochastic_rounding=True, seed=5), f32_state=dict(state_dtype=torch.float32), plain=dict(kahan_sum=False))
+@pytest.mark.parametrize('storage,mode', [pytest.param(v, m, id=f'{k}-{m}', marks=pytest.mark.slow if m=='triton' and k in ('f32_state','plain') else ()) for k,v in STORAGES.items() for m in ALL_MODES])
+def test_same_weights_bfloat16(storage, mode):
     for name in ('adam','ranger'): assert_bitwise(train(name, mode, True, dtype=torch.bfloat16, **storage), train(name, mode, False, dtype=torch.bfloat16, **storage), name)
 
 @pytest.mark.parametrize('name', ['adam','ranger'])
@@ -612,7 +612,7 @@ n = sum(p.numel() for p in m.parameters())
 print(json.dumps(dict(n=n, gained=status('VmHWM')-before)))
 '''
 
-@pytest.mark.parametrize('mode', ['native','jit','fused'])
+@pytest.mark.parametrize('mode', [*(pytest.param(m, marks=pytest.mark.slow) for m in ('native','jit')), 'fused'])
 def test_peak_memory(mode):
     "Peak of a backward pass and a step above what stays: 4 bytes a parameter of gradients are gone, a fourth of what Adam's training holds"
     def peak(release): return json.loads(subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, str(release), mode], capture_output=True, text=True, check=True,

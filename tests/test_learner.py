@@ -269,7 +269,7 @@ def master_weights(learn, path):
 
 # ---------------------------------------------------------------- the comparison
 # the interpreter takes seconds for a fit: the GPU's kernels go through these by default, and through all with -m slow
-INTERPRETED = ('fit_one_cycle','lr_find','freeze_unfreeze_larc','channels_last_and_back','wd_bn_bias_False_lamb','save_model','master_weights','autocast_fp16_with_overflow')
+INTERPRETED = ('fit_one_cycle','lr_find','freeze_unfreeze_larc','master_weights','autocast_fp16_with_overflow')
 def test_interpreted_scenarios_exist(): assert set(INTERPRETED) <= set(SCENARIOS)
 
 @pytest.mark.parametrize('name,mode', [pytest.param(n, m, id=f'{n}-{m}', marks=pytest.mark.slow if m=='triton' and n not in INTERPRETED else ())

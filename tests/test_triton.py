@@ -154,6 +154,29 @@ def test_a_schedule_makes_no_new_kernel(monkeypatch):
         opt.step()
     assert len(et._kernels)==n
 
+@pytest.mark.parametrize('kw', [dict(dtype=torch.bfloat16, state_dtype=torch.float32, kahan_sum=False), {}], ids=['bf16','f32']) # the generator of stochastic rounding wraps around, as it has to
+def test_integers_do_not_overflow(kw, monkeypatch):
+    "conftest.py switches the interpreter's search for this off, which takes a third of its time and without `debug` says nothing"
+    from triton.runtime import interpreter as ti
+    monkeypatch.setattr(ti.interpreter_builder, 'options', replace(ti.interpreter_builder.options, sanitize_overflow=True, debug=True))
+    kw = dict(kw)
+    params = two(kw.pop('dtype', torch.float32))
+    for name in ('adam','lamb'):
+        opt = make(name, params, **kw)
+        for i in range(2): GradStream().set(params, i); opt.step()
+
+def test_the_search_for_overflows_finds_one(monkeypatch):
+    import triton,triton.language as tl
+    from triton.runtime import interpreter as ti
+    @triton.jit
+    def add(a, n: tl.constexpr):
+        i = tl.arange(0, n)
+        tl.store(a+i, tl.load(a+i)+tl.load(a+i))
+    a = torch.full((4,), 2**30, dtype=torch.int32)
+    add[(1,)](a.clone(), 4)
+    monkeypatch.setattr(ti.interpreter_builder, 'options', replace(ti.interpreter_builder.options, sanitize_overflow=True, debug=True))
+    with pytest.raises(Exception, match='(?s)overflow detected'): add[(1,)](a, 4)
+
 def test_alignment_is_known():
     "Vector loads only where every address is a multiple of 16 bytes"
     for offset,want in ((0,True), (4,True), (1,False), (2,False)):
