@@ -1,7 +1,7 @@
 "`bench --matrices`: cases, what is missing, goals, the report"
 import json
 
-import pytest
+import pytest,torch
 from fastxtend_opt.tools import benchmark as B
 from fastxtend_opt.tools.cli import main
 
@@ -15,7 +15,6 @@ def test_cases_are_complete():
 
 def test_muon_case_is_the_same_algorithm():
     "Ours and torch's go the same way, as far as bfloat16 lets them"
-    import torch
     ends = []
     for c in (B.Contestant('fastxtend_opt', 'foreach', lambda ps, lr: B._fastai_style(B.importlib.import_module('fastxtend_opt.algorithms.muon').muon(foreach=True, **SMALL.hypers), ps, lr)), B._peer_of(SMALL, .01)):
         ps = B.ParamSet(SMALL.rows())
@@ -23,6 +22,17 @@ def test_muon_case_is_the_same_algorithm():
         for t in range(5): ps.restore(); opt.step()
         ends.append(torch.cat([(p.detach()-b).flatten() for p,b in zip(ps.params, before)]))
     assert (ends[0]-ends[1]).norm() < .08*ends[1].norm()
+
+def test_gradients_take_turns():
+    ps = B.ParamSet(SMALL.rows(), sets=3)
+    seen = []
+    for _ in range(6): ps.restore(); seen.append(torch.cat([p.grad.flatten() for p in ps.params]))
+    assert all(torch.equal(a, b) for a,b in zip(seen[:3], seen[3:])) and len({float(o[0]) for o in seen}) == 3
+    one = B.ParamSet(SMALL.rows())
+    a = [g.clone() for g in one.grads]
+    for g in one.grads: g.zero_()
+    one.restore()
+    assert all(torch.equal(p.grad, o) for p,o in zip(one.params, a)) and all(torch.equal(p, q) for p,q in zip(one.params, ps.params))
 
 def test_turns_and_goals():
     res = B.bench_matrix_case(SMALL, rounds=3, warmup=1)

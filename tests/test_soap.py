@@ -1,7 +1,8 @@
 "SOAP and Shampoo: what the general tests do not see. Their matrices, shapes of full rank beside another library, failures, checkpoints, gradient release, which parameters have no matrices."
-import io,warnings
+import contextlib,io,warnings
 
 import numpy as np,pytest,torch
+from fastai.basics import DataLoader,DataLoaders,Learner
 from torch import nn
 from fastxtend_opt.algorithms import shampoo as H,soap as S
 from fastxtend_opt.algorithms.shampoo import Shampoo,shampoo
@@ -213,7 +214,7 @@ def test_a_decomposition_that_does_not_converge(monkeypatch):
 def test_aux(mode):
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double()
     with naming(model): opt = SOAP(model.parameters(), .01, aux='Embedding|2.*', precondition_frequency=2, **flags(mode))
-    assert [r['rule'] for r in opt.rules.rows]==['Adam, by the pattern','SOAP, 2 bases','Adam'] and [r['tensors'] for r in opt.rules.rows]==[3,1,1]
+    assert [r['rule'] for r in opt.rules.rows]==['Adam: Embedding|2.*','SOAP, 2 bases','Adam'] and [r['tensors'] for r in opt.rules.rows]==[3,1,1]
     ps = list(model.parameters())
     twins = [nn.Parameter(p.detach().clone()) for p in ps]
     twin = SOAP([dict(params=[twins[0],*twins[3:]], max_precond_dim=0), dict(params=twins[1:3])], .01, precondition_frequency=2)
@@ -225,6 +226,24 @@ def test_aux(mode):
     assert [o.get('precondition', True) for o in map(opt.state.__getitem__, ps)]==[False,True,True,False,False] and 'basis_0' not in opt.state[ps[0]]
     with pytest.raises(TypeError, match='pattern 3 is a int'): SOAP(ps, .01, aux=3)
     with pytest.raises(TypeError, match='pattern 3 is a int'): Shampoo(ps, .01, aux=3)
+
+def test_embeddings_and_the_head_take_adam_where_they_are_known():
+    "By default for SOAP; `aux=()` says that none do; Shampoo leaves none out by itself"
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    ps = list(model.parameters())
+    def bases(f, named=True, **kw):
+        with naming(model) if named else contextlib.nullcontext(): opt = f(ps, .01, **kw)
+        grads(ps, 0)
+        opt.step()
+        return [sum(k.startswith(('basis','inv_precond')) for k in opt.state[p]) for p in ps if p.ndim>1]
+    assert bases(SOAP)==[0,2,0] and bases(SOAP, aux=())==[2,2,2] and bases(SOAP, named=False)==[2,2,2] and bases(Shampoo)==[2,2,2]
+    learn = fastai_learner(model)
+    learn.create_opt()
+    assert [r['rule'] for r in learn.opt.rules.rows]==['Adam: embedding','SOAP, 2 bases','Adam','Adam: head: the last linear layer']
+
+def fastai_learner(model):
+    dl = DataLoader(list(zip(range(7), range(7))), bs=7)
+    return Learner(DataLoaders(dl, dl), model, loss_func=nn.CrossEntropyLoss(), opt_func=soap())
 
 def test_shampoos_diagonals_are_the_diagonals():
     "A vector takes AdaGrad's step, a matrix that of both diagonals"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NS_COEFFICIENTS', 'NS_CACHE', 'ADJUST_LR', 'NS_DTYPES', 'muon', 'muon_scale', 'newton_schulz', 'muon_decay',
-           'muon_averages', 'muon_step', 'muon_rules', 'muon_params', 'Muon']
+           'muon_averages', 'muon_step', 'muon_params', 'Muon']
 
-# %% ../../nbs/algorithms/muon.ipynb #02b7d809
+# %% ../../nbs/algorithms/muon.ipynb #a4a6bae0
 import math, threading
 from functools import partial
 import torch
@@ -14,10 +14,10 @@ from torch import nn
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, adam_step, weight_decay
 from ..engine.opaque import opaque
 from ..engine.registry import Within, as_groups, decays_weights, factory, hyper_ranges, make_optimizer, options, pick_mode, register
-from ..engine.rules import ShowRules, matches, param_infos, pattern_text, rule_table
+from ..engine.rules import ShowRules, aux_reasons, param_infos, rule_table
 from ..engine.tape import UnsupportedError
 
-# %% ../../nbs/algorithms/muon.ipynb #713013cc
+# %% ../../nbs/algorithms/muon.ipynb #a7036d5e
 NS_COEFFICIENTS = 3.4445,-4.7750,2.0315 # Of the polynomial (a, b, c)
 NS_CACHE = 1<<20 # Elements of the matrices that a CPU works on at a time
 ADJUST_LR = ('original','match_rms_adamw')
@@ -38,29 +38,36 @@ def _segments(shape, steps, dtype):
 
 def _segment(x, steps, s, k, work, out):
     "Some steps on `s*x`, times `k`, into `out`: the product of their polynomials is `q*I+Q`"
-    (a,b,c),(A,B),tall = NS_COEFFICIENTS,work,x.shape[-2] > x.shape[-1]
+    (a,b,c),(A,P,Q,R,Y),tall = NS_COEFFICIENTS,work,x.shape[-2] > x.shape[-1]
     torch.bmm(x.mT, x, out=A) if tall else torch.bmm(x, x.mT, out=A)
     if s!=1: A.mul_(s*s)
     for i in range(steps):
-        P = torch.baddbmm(A, A, A, beta=b, alpha=c, out=B if i==0 else None) # without its aI, which would cost the others their digits
-        Q,q = (P,a) if i==0 else (torch.baddbmm(P, P, Q, beta=q).add_(Q, alpha=a),q*a)
-        if i < steps-1: A = torch.baddbmm(y := torch.baddbmm(A, P, A, beta=a), P, y, beta=a)
+        torch.baddbmm(A, A, A, beta=b, alpha=c, out=P) # without its aI, which would cost the others their digits
+        if i < steps-1: torch.baddbmm(torch.baddbmm(A, P, A, beta=a, out=Y), P, Y, beta=a, out=A)
+        if i==0: P,Q,q = Q,P,a
+        else: Q,R,q = torch.baddbmm(P, P, Q, beta=q, out=R).add_(Q, alpha=a),Q,q*a
     return torch.baddbmm(x, *((x,Q) if tall else (Q,x)), beta=q*s*k, alpha=s*k, out=out)
 
 def _iterate(x, out, steps, k, work):
     "Newton-Schulz of matrices of shape (n, rows, columns) into `out`, in the dtype of the buffers `work`"
     norm = torch.linalg.vector_norm(x, dim=(-2,-1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).add_(1e-7)
-    A,B,*xs = (o[:len(x)] for o in work)
-    s = norm.item() if x.dtype is A.dtype is torch.bfloat16 and x.device.type=='cpu' and len(x)==1 else 0.
+    *small,y,z = (o[:len(x)] for o in work)
+    s = norm.item() if x.dtype is y.dtype is torch.bfloat16 and x.device.type=='cpu' and len(x)==1 else 0.
     if steps and 1e-6<s<1e6: s = 1/s # the first segment divides: one pass over memory less
-    else: s,x = 1.,(x/norm).to(A.dtype)
-    parts = _segments(x.shape[-2:], steps, A.dtype)
+    else: s,x = 1.,(x/norm).to(y.dtype)
+    parts = _segments(x.shape[-2:], steps, y.dtype)
     for i,n in enumerate(parts):
         last = i==len(parts)-1
-        x = _segment(x, n, s, k if last else 1., (A, B), out if last and out.dtype is A.dtype else xs[i%2])
+        x = _segment(x, n, s, k if last else 1., small, out if last and out.dtype is y.dtype else (y, z)[i%2])
         s = 1.
     if not steps: x = x*k
     if x is not out: out.copy_(x)
+
+def _at_a_time(xs):
+    "How many of the matrices are worked on together: on a CPU those that fit its caches, and each thread has one"
+    if xs.device.type!='cpu': return len(xs)
+    n,t = NS_CACHE//xs[0].numel(),torch.get_num_threads()
+    return min(len(xs), max(n//t*t, t)) if n else 1 # a large one keeps all threads busy
 
 _kept = threading.local()
 
@@ -83,9 +90,8 @@ def newton_schulz(
     if not x.numel(): return x.clone()
     xs = x.reshape(-1, *x.shape[-2:])
     out = torch.empty(xs.shape, dtype=x.dtype, device=x.device)
-    n = len(xs) if x.device.type!='cpu' else min(len(xs), max(1, NS_CACHE//xs[0].numel()))
-    m = min(x.shape[-2:])
-    shapes = [(n,m,m), (n,m,m), (n,*xs.shape[1:]), (n,*xs.shape[1:])]
+    n,m = _at_a_time(xs),min(x.shape[-2:])
+    shapes = [(n,m,m)]*5 + [(n,*xs.shape[1:])]*2
     work = _scratch(shapes, dtype) if x.device.type=='cpu' else [torch.empty(s, dtype=dtype, device=x.device) for s in shapes]
     for a,o in zip(xs.split(n), out.split(n)): _iterate(a, o, int(steps), k, work)
     return out.view(x.shape)
@@ -147,25 +153,7 @@ def muon_step(
     u = u.to(ns_dtype or torch.promote_types(u.dtype, torch.float32)) # the call's results have its dtype too: half the memory for bfloat16
     p.data.add_(newton_schulz(u, ns_steps, adjust_lr).to(torch.promote_types(u.dtype, p.dtype)), alpha=-lr)
 
-# %% ../../nbs/algorithms/muon.ipynb #4ae590aa
-def _head(name): return any(o=='head' or o.endswith('_head') or o.startswith('classifier') for o in name.split('.')[:-1])
-def _embedding(o): return isinstance(o.module, (nn.Embedding,nn.EmbeddingBag)) or any(w in o.name.lower() for w in ('embed','token','wte','wpe'))
-
-def muon_rules(
-    infos:list, # From `param_infos`
-    aux=None # Pattern of the parameters that take Adam, beside those of fewer than two axes; `None`: embeddings and the head
-)->list: # For each parameter '', if it takes Muon, or why it takes Adam
-    "Which parameters take Adam, and why"
-    named = any(_head(o.name) for o in infos)
-    last = next((i for i,o in reversed(list(enumerate(infos))) if isinstance(o.module, nn.Linear) and o.param.ndim==2), None)
-    def _why(i, o):
-        if o.param.ndim<2: return 'fewer than two axes'
-        if aux is not None: return pattern_text(aux) if matches(aux, o) else ''
-        if _embedding(o): return 'embedding'
-        if _head(o.name): return 'head'
-        return 'head: the last linear layer' if i==last and not named else ''
-    return [_why(i, o) for i,o in enumerate(infos)]
-
+# %% ../../nbs/algorithms/muon.ipynb #2cf1e34c
 def _show(opt, params):
     "The table of what was decided"
     infos = [o._replace(param=p) for o,p in zip(param_infos([[p] for p in params]), params)]
@@ -194,7 +182,7 @@ hyper_ranges.update(ns_steps=Within(0, 99, whole=True, tip='5 is the default, an
                     aux_mom=hyper_ranges['mom'], aux_sqr_mom=hyper_ranges['sqr_mom'], aux_eps=hyper_ranges['eps'])
 NS_DTYPES = (torch.bfloat16,torch.float32,torch.float64)
 
-# %% ../../nbs/algorithms/muon.ipynb #72a506c9
+# %% ../../nbs/algorithms/muon.ipynb #ae0769dd
 @options
 def Muon(
     params, # Parameters: an iterable of them or of (name, parameter), of lists (a group each), or of dicts with hyperparameters of their own
@@ -217,7 +205,8 @@ def Muon(
     if ns_dtype not in (None,*NS_DTYPES): raise ValueError(f"ns_dtype={ns_dtype!r}: it must be one of {', '.join(map(str, NS_DTYPES))}, or None for the parameter's, at least float32.")
     if pick_mode(*(kwargs.get(k, False) for k in ('foreach','jit','fused')))=='jit': raise UnsupportedError("Muon has no jit mode: TorchScript can't call Newton-Schulz for many matrices at once. Use foreach=True or fused=True.")
     groups = as_groups(params)
-    why = muon_rules(param_infos(groups), aux)
+    infos = param_infos(groups)
+    why = ['fewer than two axes' if o.param.ndim<2 else w for o,w in zip(infos, aux_reasons(infos, aux))]
     if aux_lr_scale is None: aux_lr_scale = .015 if adjust_lr=='original' else 1.
     cbs = [muon_decay, muon_averages, partial(muon_step, nesterov=nesterov, adjust_lr=adjust_lr, ns_dtype=ns_dtype)]
     opt = make_optimizer(groups, cbs, lr=lr, mom=mom, ns_steps=ns_steps, aux_lr_scale=aux_lr_scale, aux_mom=aux_mom, aux_sqr_mom=aux_sqr_mom, aux_eps=aux_eps, wd=wd, **kwargs)

@@ -7,14 +7,14 @@ __all__ = ['CPU_STACK', 'shampoo', 'axis_sizes', 'at_least_float32', 'along_axis
            'decompose', 'axis_products', 'inverse_root', 'along_axes', 'matrix_axes', 'add_state', 'shampoo_sums',
            'shampoo_update', 'shampoo_step', 'sum_updates', 'update_sum_step', 'leave_out', 'Shampoo']
 
-# %% ../../nbs/algorithms/shampoo.ipynb #50e6c023
+# %% ../../nbs/algorithms/shampoo.ipynb #87c1c9f6
 import math, warnings
 from functools import lru_cache, partial
 import torch
 from fastai.optimizer import Optimizer, step_stat
 from ..engine.opaque import opaque
 from ..engine.registry import Within, hyper_ranges, as_groups, in_use, make_optimizer, factory, options, register
-from ..engine.rules import ShowRules, check_pattern, matches, param_infos, rule_table
+from ..engine.rules import ShowRules, aux_reasons, check_pattern, param_infos, rule_table
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/shampoo.ipynb #b7ae7cad
@@ -232,18 +232,16 @@ def update_sum_step(
     "A step along the sum of updates"
     p.data.sub_(update_sum, alpha=lr)
 
-# %% ../../nbs/algorithms/shampoo.ipynb #60cfedb4
+# %% ../../nbs/algorithms/shampoo.ipynb #3a6039a5
 def leave_out(
     opt:Optimizer, # An optimizer
-    groups:list, # Its parameters, from `as_groups`
-    pattern, # Which parameters have no matrices; `None`: all have
-    cells # Function of the index of a parameter and of whether it is left out: a row of the table, as a dict with `rule` first
+    infos:list, # Its parameters, from `param_infos`
+    why:list, # For each, why it has no matrices, or ''
+    cells # Function of the index of a parameter and of why it is left out: a row of the table, as a dict with `rule` first
 )->Optimizer: # `opt`
     "Write into the state which parameters have no matrices, and make the table `opt.rules`"
-    infos = param_infos(groups)
-    out = [pattern is not None and matches(pattern, o) for o in infos]
-    if any(out): opt.fix_state([dict(precondition=False) if o else {} for o in out])
-    opt.rules,opt.learner_cbs = rule_table(infos, lambda i: cells(i, out[i])),(*getattr(opt, 'learner_cbs', ()), ShowRules)
+    if any(why): opt.fix_state([dict(precondition=False) if w else {} for w in why])
+    opt.rules,opt.learner_cbs = rule_table(infos, lambda i: cells(i, why[i])),(*getattr(opt, 'learner_cbs', ()), ShowRules)
     return opt
 
 # %% ../../nbs/algorithms/shampoo.ipynb #3b0a3ce6
@@ -251,7 +249,7 @@ hyper_ranges.update(
     precondition_frequency=Within(1, whole=True, tip='It is the number of steps from one decomposition to the next: 1 for each step, 10 is usual for SOAP.'),
     max_precond_dim=Within(0, whole=True, tip='It is the length of the longest axis that has a matrix, 0 for none.'))
 
-# %% ../../nbs/algorithms/shampoo.ipynb #518261ea
+# %% ../../nbs/algorithms/shampoo.ipynb #5668eb24
 @options
 def Shampoo(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -271,11 +269,11 @@ def Shampoo(
     cbs = [decay_stepper(decouple_wd), step_stat, shampoo_sums] + ([sum_updates, update_sum_step] if in_use('mom', mom, groups) else [shampoo_step])
     opt = make_optimizer(groups, cbs, lr=lr, mom=mom, eps=eps, precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, wd=wd, **kwargs)
     infos = param_infos(groups)
-    def _cells(i, out):
+    def _cells(i, why):
         o = infos[i]
-        n = 0 if out else sum(1 < n <= opt.hypers[o.group]['max_precond_dim'] for n in o.param.shape)
-        return dict(rule='diagonals, by the pattern' if out else 'diagonals' if n==0 else 'a matrix an axis' if n==sum(k>1 for k in o.param.shape) else 'matrices for some axes')
-    return leave_out(opt, groups, aux, _cells)
+        n = 0 if why else sum(1 < n <= opt.hypers[o.group]['max_precond_dim'] for n in o.param.shape)
+        return dict(rule=f'diagonals: {why}' if why else 'diagonals' if n==0 else 'a matrix an axis' if n==sum(k>1 for k in o.param.shape) else 'matrices for some axes')
+    return leave_out(opt, infos, aux_reasons(infos, () if aux is None else aux), _cells)
 
 # %% ../../nbs/algorithms/shampoo.ipynb #1755156c
 register(Shampoo, title='Shampoo', category='current', kind='matrix', state=('precond_0','precond_1','inv_precond_0','inv_precond_1','update_sum'), oracle='reference.Shampoo',

@@ -6,15 +6,15 @@
 __all__ = ['soap', 'eigenbasis', 'orthonormal', 'turn_bases', 'merge_axes', 'soap_axes', 'soap_averages', 'soap_step',
            'decay_after_first', 'soap_matrices', 'SOAP']
 
-# %% ../../nbs/algorithms/soap.ipynb #85941016
+# %% ../../nbs/algorithms/soap.ipynb #f814fa3e
 import math
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat, weight_decay
 from ..engine.opaque import opaque
 from ..engine.registry import Within, hyper_ranges, as_groups, make_optimizer, decays_weights, factory, options, register
-from ..engine.rules import check_pattern, param_infos
-from .shampoo import CPU_STACK, add_state, along_axes, along_axis, axis_products, axis_sizes, decompose, leave_out
+from ..engine.rules import aux_reasons, check_pattern, param_infos
+from .shampoo import CPU_STACK, add_products, add_state, along_axes, along_axis, axis_products, axis_sizes, decompose, leave_out
 
 # %% ../../nbs/algorithms/soap.ipynb #704d28b8
 @opaque(stack=CPU_STACK)
@@ -25,16 +25,24 @@ def eigenbasis(
     n = math.isqrt(mat.shape[-1])
     return decompose(lambda x: torch.linalg.eigh(x)[1].mT.flip(-2), mat.reshape(-1, n, n), None, n)[0].reshape(mat.shape)
 
-# %% ../../nbs/algorithms/soap.ipynb #25628acd
+# %% ../../nbs/algorithms/soap.ipynb #eade9d80
+def _householder(x): return torch.linalg.householder_product(*torch.geqrf(x.mT)).mT
+def _cholesky(x):
+    L,info = torch.linalg.cholesky_ex(add_products(torch.zeros_like(x), x))
+    return torch.linalg.solve_triangular(L, x, upper=False),torch.where(info==0, L.diagonal(dim1=-2, dim2=-1).amin(-1), 0) # how far a row of length 1 is from those before it
+
 def orthonormal(
     x # A stack of matrices
-): # Their rows made orthonormal, in the order in which they are: the transposed Q of `torch.linalg.qr(x.mT)`
-    "QR decomposition of the transposed matrices, without its second half where that can be"
-    h,tau = torch.geqrf(x.mT)
-    q = torch.linalg.solve_triangular(h.mT, x, upper=False)
+): # Their rows made orthonormal, in the order in which they are: the transposed Q of `torch.linalg.qr(x.mT)`, up to signs
+    "QR decomposition of the transposed matrices, by Cholesky's where that is exact"
+    size,eps = torch.linalg.vector_norm(x, dim=-1, keepdim=True),torch.finfo(x.dtype).eps
+    ok = size.amin((-2,-1)) > 1e3*eps*size.amax((-2,-1))
+    if not ok.any(): return _householder(x)
+    q,far = _cholesky(x/size)
+    if (far[ok] < .3).any(): q = _cholesky(q)[0]
     z = torch.linspace(1, 2, x.shape[-1], dtype=x.dtype, device=x.device).unsqueeze(-1)
-    ok = (q@(q.mT@z) - z).norm(dim=(-2,-1)) < 100*torch.finfo(x.dtype).eps*z.norm()
-    return q if ok.all() else torch.where(ok[:,None,None], q, torch.linalg.householder_product(h, tau).mT)
+    ok &= (far > .01) & ((q@(q.mT@z) - z).norm(dim=(-2,-1)) < 100*eps*z.norm())
+    return q if ok.all() else torch.where(ok[:,None,None], q, _householder(x))
 
 # %% ../../nbs/algorithms/soap.ipynb #78b45d69
 @opaque(results=lambda grad_avg, sqr_avg, sizes, *mats: (grad_avg, sqr_avg, *mats[len(sizes):]), stack=CPU_STACK)
@@ -169,7 +177,7 @@ def soap_matrices(
 # %% ../../nbs/algorithms/soap.ipynb #8437617e
 hyper_ranges.update(shampoo_beta=Within(-1, 1, open_hi=True, tip='It is the share of the old matrices that a step keeps, or -1 for that of the squares.'))
 
-# %% ../../nbs/algorithms/soap.ipynb #a7d837b1
+# %% ../../nbs/algorithms/soap.ipynb #347f749f
 @options
 def SOAP(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
@@ -182,7 +190,7 @@ def SOAP(
     max_precond_dim:int=10000, # Longest axis that has a basis
     merge_dims:bool=False, # Take small neighbouring axes of a tensor as one?
     precondition_1d:bool=False, # A basis for vectors too?
-    aux=None, # Which matrices take Adam: text such as `'*emb*|*head*'`, a class of module, a function of a `ParamInfo`, a tuple of these; `None`: none
+    aux=None, # Which matrices take Adam: text such as `'*emb*|*head*'`, a class of module, a function of a `ParamInfo`, a tuple of these; `None`: embeddings and the head; `()`: none
     wd:float=.01, # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
@@ -193,11 +201,11 @@ def SOAP(
     cbs = [step_stat, partial(soap_averages, axes=axes), partial(soap_step, axes=axes), decay_after_first, partial(soap_matrices, axes=axes)]
     opt = make_optimizer(groups, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, shampoo_beta=shampoo_beta, eps=eps, precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, wd=wd, **kwargs)
     infos = param_infos(groups)
-    def _cells(i, out):
+    def _cells(i, why):
         o = infos[i]
-        n = 0 if out else len(axes(o.param, opt.hypers[o.group]['max_precond_dim'], {}, True)[0])
-        return dict(rule='Adam, by the pattern' if out else 'Adam' if n==0 else f"SOAP, {n} {'bases' if n>1 else 'basis'}")
-    return leave_out(opt, groups, aux, _cells)
+        n = 0 if why else len(axes(o.param, opt.hypers[o.group]['max_precond_dim'], {}, True)[0])
+        return dict(rule=f'Adam: {why}' if why else 'Adam' if n==0 else f"SOAP, {n} {'bases' if n>1 else 'basis'}")
+    return leave_out(opt, infos, aux_reasons(infos, aux), _cells)
 
 # %% ../../nbs/algorithms/soap.ipynb #1e4565d1
 register(SOAP, title='SOAP', category='adaptive', kind='matrix', state=('grad_avg','sqr_avg','precond_0','precond_1','basis_0','basis_1'), oracle='reference.SOAP',

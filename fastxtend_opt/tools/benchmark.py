@@ -47,7 +47,7 @@ def model_rows(
     if model not in shapes: raise ValueError(f"model {model!r} is not one of {', '.join(shapes)}.")
     return [(g, d, tuple(s)) for n,block in shapes[model]['blocks'] for _ in range(n) for g,d,s in block]
 
-# %% ../../nbs/tools/benchmark.ipynb #a7ba153a
+# %% ../../nbs/tools/benchmark.ipynb #24b3b48e
 class ParamSet:
     "Parameters with gradients, in one group or in layer groups with weight-decay exclusion"
     def __init__(self,
@@ -55,7 +55,8 @@ class ParamSet:
         layout:str='one', # 'one': a single group, all decayed; 'groups': layer groups, norms and biases without weight decay
         seed:int=42, # Seed of the values
         device:str|torch.device='cpu', # Where they are
-        dtype:torch.dtype=torch.float32 # Their dtype
+        dtype:torch.dtype=torch.float32, # Their dtype
+        sets:int=1 # Sets of gradients, which the steps take in turns
     ):
         if layout not in ('one','groups'): raise ValueError(f"layout={layout!r}: it is 'one' or 'groups'.")
         gen = torch.Generator(device).manual_seed(seed)
@@ -63,17 +64,19 @@ class ParamSet:
         self.rows,self.layout = rows,layout
         self.params = [nn.Parameter(new(s).normal_(0, .05, generator=gen)) for _,_,s in rows]
         self.grads = [new(s).normal_(0, .01, generator=gen) for _,_,s in rows]
-        self.saved,self.memory = [g.clone() for g in self.grads],[t.data for t in self.params+self.grads]
+        more = [[torch.empty_like(g).normal_(0, .01, generator=gen) for g in self.grads] for _ in range(sets-1)]
+        self.saved,self.memory,self.turn = [[g.clone() for g in self.grads], *more],[t.data for t in self.params+self.grads],0
         self.restore()
 
     @property
     def elements(self): return sum(p.numel() for p in self.params)
 
     def restore(self):
-        "Bring back the gradients after a `zero_grad`, and the memory of tensors that a contestant has given other memory (fastxtend's jit mode does)"
+        "Bring back the gradients after a `zero_grad`, those of the next set if there are more, and the memory of tensors that a contestant has given other memory (fastxtend's jit mode does)"
         for t,d in zip(self.params+self.grads, self.memory):
             if t.data_ptr() != d.data_ptr(): t.data = d
-        torch._foreach_copy_(self.grads, self.saved)
+        torch._foreach_copy_(self.grads, self.saved[self.turn%len(self.saved)])
+        self.turn += 1
         for p,g in zip(self.params, self.grads): p.grad = g
 
     def lists(self):
@@ -912,7 +915,7 @@ def save_result(
     plt.close(plot_steps(result, path=files[2]))
     return files
 
-# %% ../../nbs/tools/benchmark.ipynb #e9aa6244
+# %% ../../nbs/tools/benchmark.ipynb #260564ce
 def vit_matrices(
     layers:int=12 # Transformer layers
 )->list: # One `(layer group, decayed, shape)` a matrix, as `model_rows` gives them
@@ -933,6 +936,7 @@ class MatrixCase(NamedTuple):
     goal:float|None=None # The peer's step over ours that is wanted; `None`: no goal
     goal_mode:str='foreach' # Of which mode of ours
     every:int=1 # Steps of a sample
+    gradients:int=1 # Sets of gradients that these take in turns
     remark:str='' # What remains different
 
 _peer_modules = dict(torch='torch.optim')
@@ -942,13 +946,13 @@ matrix_cases = [
     MatrixCase('Muon, bfloat16', 'muon', dict(mom=.95, wd=.01, ns_dtype=torch.bfloat16), ('native','foreach','fused'), 'torch', 'Muon', _same, vit_matrices, _vit, 1.5),
     MatrixCase('Muon, float32', 'muon', dict(mom=.95, wd=.01), ('foreach','fused'), 'torch', 'Muon', _same, vit_matrices, _vit, remark='ours in float32, torch in bfloat16, which is all that it has'),
     MatrixCase('SOAP', 'soap', dict(mom=.95, sqr_mom=.95, eps=1e-8, precondition_frequency=10, wd=.01), ('native','foreach','fused'), 'pytorch_optimizer', 'SOAP',
-               dict(betas=(.95,.95), eps=1e-8, precondition_frequency=10), partial(vit_matrices, 2), _vit2, 1.5, every=10),
+               dict(betas=(.95,.95), eps=1e-8, precondition_frequency=10), partial(vit_matrices, 2), _vit2, 1.5, every=10, gradients=10),
     MatrixCase('Shampoo', 'shampoo', dict(mom=0., eps=1e-6, precondition_frequency=1, wd=0.), ('native','foreach','fused'), 'pytorch_optimizer', 'Shampoo',
                dict(momentum=0., matrix_eps=1e-6, preconditioning_compute_steps=1), partial(vit_matrices, 1), 'ViT-S, 1 of its layers', 1.5),
     MatrixCase('Prodigy', 'prodigy', dict(mom=.9, sqr_mom=.999, eps=1e-8, wd=.01), ('native','foreach','fused'), 'prodigyopt', 'Prodigy',
                dict(betas=(.9,.999), eps=1e-8, decouple=True), partial(model_rows, 'xresnet50'), 'XResNet50', 3., 'fused')]
 
-# %% ../../nbs/tools/benchmark.ipynb #4bc29357
+# %% ../../nbs/tools/benchmark.ipynb #87f9abee
 def _peer_of(case, wd):
     "The peer as a `Contestant`"
     lib = importlib.import_module(_peer_modules.get(case.lib, case.lib))
@@ -965,7 +969,7 @@ def bench_matrix_case(
 )->dict: # `rows`, `missing`, and the `order` of each round
     "Step times of one case's contestants, taken in turns"
     from fastxtend_opt.engine.registry import get_optimizer
-    pset,turns,found,missing,first = ParamSet(case.rows()),{},{},[],{}
+    pset,turns,found,missing,first = ParamSet(case.rows(), sets=case.gradients),{},{},[],{}
     def _missing(who, e): missing.append(dict(case=case.name, who=who, why=str(e) if isinstance(e, NotImplementedError) else f'{type(e).__name__}: {e}'))
     cs = []
     try:
