@@ -17,7 +17,7 @@ from ..engine.registry import Within, as_groups, decays_weights, factory, hyper_
 from ..engine.rules import ShowRules, aux_reasons, param_infos, rule_table
 from ..engine.tape import UnsupportedError
 
-# %% ../../nbs/algorithms/muon.ipynb #a7036d5e
+# %% ../../nbs/algorithms/muon.ipynb #d27a3e2b
 NS_COEFFICIENTS = 3.4445,-4.7750,2.0315 # Of the polynomial (a, b, c)
 NS_CACHE = 1<<20 # Elements of the matrices that a CPU works on at a time
 ADJUST_LR = ('original','match_rms_adamw')
@@ -50,11 +50,12 @@ def _segment(x, steps, s, k, work, out):
 
 def _iterate(x, out, steps, k, work):
     "Newton-Schulz of matrices of shape (n, rows, columns) into `out`, in the dtype of the buffers `work`"
-    norm = torch.linalg.vector_norm(x, dim=(-2,-1), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).add_(1e-7)
     *small,y,z = (o[:len(x)] for o in work)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32)) # a norm or quotient of mixed dtypes would take ten times as long
+    norm = torch.linalg.vector_norm(wide.flatten(1), dim=-1).add_(1e-7).view(-1, 1, 1)
     s = norm.item() if x.dtype is y.dtype is torch.bfloat16 and x.device.type=='cpu' and len(x)==1 else 0.
-    if steps and 1e-6<s<1e6: s = 1/s # the first segment divides: one pass over memory less
-    else: s,x = 1.,(x/norm).to(y.dtype)
+    if steps and 1e-6<s<1e6: s = 1/s # the first segment divides, which spares a rounding
+    else: s,x = 1.,torch.div(wide, norm, out=z) if z.dtype is wide.dtype else z.copy_(wide/norm if wide is x else wide.div_(norm))
     parts = _segments(x.shape[-2:], steps, y.dtype)
     for i,n in enumerate(parts):
         last = i==len(parts)-1
