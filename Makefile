@@ -6,11 +6,11 @@
 #
 # PYTHON=python3.12   the interpreter that .venv is made with
 # TORCH=torch==2.13.0 one more requirement for pip, here the oldest torch that is supported
-# JOBS=2              processes of the tests
+# JOBS=3              processes of notebooks and tests; a third has the two cores busy while others wait for a compiler or a child process
 
 PYTHON ?= python3
 TORCH  ?=
-JOBS   ?= 2
+JOBS   ?= 3
 ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin

@@ -20,7 +20,7 @@ def _session_cache():
 if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = _session_cache()
 
 import pytest,torch
-from fastxtend_opt.engine import fused
+from fastxtend_opt.engine import build,fused
 from fastxtend_opt.engine.optimizer import dry_run
 from fastxtend_opt.engine.registry import MODES,list_optimizers
 from helpers import CORE,backend_of
@@ -80,6 +80,17 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_configure(config):
     if config.getoption('--slow'): config.option.markexpr = '' # pyproject.toml deselects them with -m 'not slow'
+
+# Kernels are compiled with -O1, in half the time, but for those of `CORE` and in these modules: the pages of all algorithms hold them against native as users have them, with -O3
+FULL,FAST = build.CPP_FLAGS,build.CPP_FLAGS if os.environ.get('FASTXTEND_OPT_TEST_O3') else tuple('-O1' if o=='-O3' else o for o in build.CPP_FLAGS)
+OPTIMIZED = {'test_engine','test_ops','test_kernel_cache','test_benchmark','test_learner','test_state_machine','test_triton'}
+
+@pytest.fixture(autouse=True)
+def compiler_flags(request):
+    params = getattr(getattr(request.node, 'callspec', None), 'params', {})
+    build.CPP_FLAGS = FULL if request.module.__name__ in OPTIMIZED or any(isinstance(v, str) and v in CORE for v in params.values()) else FAST
+    yield
+    build.CPP_FLAGS = FULL
 
 @pytest.fixture(autouse=True)
 def triton_backend(request):

@@ -152,7 +152,7 @@ def every_second(p, lr, step=0, row=None, **kwargs):
     return dict(row=row, step=step+1)
 
 STEPPERS = [adafactor, came, adamp, adam_mini, wholes, first_axis, middle, every_second]
-steppers = pytest.mark.parametrize('stepper', STEPPERS, ids=lambda f: f.__name__)
+steppers = pytest.mark.parametrize('stepper', [pytest.param(f, marks=pytest.mark.slow if f in (came,adamp,middle) else ()) for f in STEPPERS], ids=lambda f: f.__name__) # algorithms have tests of their own
 
 @modes
 @steppers

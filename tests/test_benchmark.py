@@ -368,6 +368,7 @@ def test_memory_of_a_step():
     assert own['peak_kb']<1500 and 0<own['tables_kb']<500, own
 
 
+@pytest.mark.slow
 def test_first_step_of_a_fresh_process():
     f = B.first_step('sgd', 'fused')
     assert f['cold_ms']>5*f['warm_ms'] and f['warm_ms']>=f['steady_ms']>0 # a compiler's run against a file that is there

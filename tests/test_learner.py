@@ -272,7 +272,9 @@ def master_weights(learn, path):
 INTERPRETED = ('fit_one_cycle','lr_find','freeze_unfreeze_larc','master_weights','autocast_fp16_with_overflow')
 def test_interpreted_scenarios_exist(): assert set(INTERPRETED) <= set(SCENARIOS)
 
-@pytest.mark.parametrize('name,mode', [pytest.param(n, m, id=f'{n}-{m}', marks=pytest.mark.slow if m=='triton' and n not in INTERPRETED else ())
+# and those of foreach and jit through these and some more, as they have the tape in common with fused
+SHARED = (*INTERPRETED,'channels_last_and_back','wd_bn_bias_False_lamb','save_model')
+@pytest.mark.parametrize('name,mode', [pytest.param(n, m, id=f'{n}-{m}', marks=pytest.mark.slow if n not in dict(triton=INTERPRETED, fused=SCENARIOS).get(m, SHARED) else ())
                                        for n in SCENARIOS for m in MODES])
 def test_losses_equal_native(native, name, mode, tmp_path):
     ref = native(name)

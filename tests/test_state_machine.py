@@ -290,7 +290,7 @@ class TestFusedRanger(life('fused', 'ranger', 15, 30, casts=False, derandomize=T
 class TestFusedLarc(life('fused', 'larc', 15, 30, casts=False, derandomize=True)): pass
 class TestTritonAdam(life('triton', 'adam', 10, 30, derandomize=True)): pass
 class TestTritonLarc(life('triton', 'larc', 4, 30, casts=False, derandomize=True)): pass
-class TestForeachAdam(life('foreach', 'adam', 15, 30, derandomize=True)): pass
+class TestForeachAdam(life('foreach', 'adam', 8, 30, derandomize=True)): pass
 class TestJitAdam(life('jit', 'adam', 10, 30, casts=False, derandomize=True)): pass
 
 @pytest.mark.slow

@@ -98,7 +98,7 @@ def build_library(
         finally: shutil.rmtree(tmp, ignore_errors=True)
     raise RuntimeError(f"the kernel cache {root} changes under our hands: no whole library in {final}. Set FASTXTEND_OPT_CACHE to a folder of your own.")
 
-# %% ../../nbs/engine/05_build.ipynb #4d984102
+# %% ../../nbs/engine/05_build.ipynb #ddc79f0a
 _libs,_lock = {},threading.Lock()
 
 def load_library(
@@ -107,5 +107,6 @@ def load_library(
 ) -> ctypes.CDLL: # The loaded library
     "Compile `source` if it isn't yet, and load it once a process"
     with _lock:
-        if (lib := _libs.get(source)) is None: lib = _libs[source] = (ctypes.PyDLL if python else ctypes.CDLL)(str(build_library(source)))
+        key = source,CPP_FLAGS
+        if (lib := _libs.get(key)) is None: lib = _libs[key] = (ctypes.PyDLL if python else ctypes.CDLL)(str(build_library(source)))
     return lib
