@@ -120,6 +120,15 @@ def test_losses_that_are_known(loss, shape, target, n):
     l.backward()
     assert pred.grad.abs().sum()>0
 
+def test_a_drawn_label_that_is_the_ignored_one_counts():
+    "`ignore_index=1` leaves targets of 1 out, not labels of class 1 that were drawn for others"
+    for i in range(30):
+        torch.manual_seed(i)
+        pred = torch.randn(4, 3, requires_grad=True)
+        loss,n = S._sampler(partial(F.cross_entropy, ignore_index=1))(pred, torch.tensor([1,0,1,2]))
+        loss.backward()
+        assert n==2 and (pred.grad.abs().sum(1)>0).tolist()==[False,True,False,True]
+
 @pytest.mark.parametrize('loss', [MSELossFlat(), FocalLossFlat(), F.mse_loss, lambda p,y: p.sum()], ids=['mse','focal','function','lambda'])
 def test_losses_that_are_not(loss):
     "And how to give a sampler, or do without"

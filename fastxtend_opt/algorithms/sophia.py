@@ -85,8 +85,8 @@ def sampled_cross_entropy(
     sampled,n = torch.distributions.Categorical(logits=logits.detach(), validate_args=False).sample(),logits.shape[0]
     if yb and isinstance(yb[0], torch.Tensor) and yb[0].numel()==n and not yb[0].is_floating_point():
         ignored = yb[0].as_subclass(torch.Tensor).reshape(-1)==ignore_index
-        sampled,n = sampled.masked_fill(ignored, ignore_index),n-int(ignored.sum())
-    return F.cross_entropy(logits, sampled, ignore_index=ignore_index),n
+        sampled,n = sampled.masked_fill(ignored, -100),n-int(ignored.sum()) # not `ignore_index`, which may be a class that was drawn
+    return F.cross_entropy(logits, sampled, ignore_index=-100),n
 
 def sampled_binary_cross_entropy(
     pred, # Logits, each of a label of its own
