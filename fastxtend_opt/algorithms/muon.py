@@ -10,7 +10,6 @@ __all__ = ['NS_COEFFICIENTS', 'NS_CACHE', 'ADJUST_LR', 'NS_DTYPES', 'muon', 'muo
 import math, threading
 from functools import partial
 import torch
-from torch import nn
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, adam_step, weight_decay
 from ..engine.opaque import opaque
 from ..engine.registry import Within, as_groups, decays_weights, factory, hyper_ranges, make_optimizer, options, pick_mode, register
