@@ -1,5 +1,5 @@
 "A step of several passes (`Between`): totals over the whole model, numbers for the next pass, in all modes; what can't work says so before anything changes."
-import copy,io,math,pickle
+import copy,io,math
 
 import pytest,torch
 from fastai.optimizer import Optimizer,average_grad,momentum_step,sgd_step,step_stat,weight_decay
