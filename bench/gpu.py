@@ -106,9 +106,9 @@ def checks(dev):
     from torch import nn
     from fastai.optimizer import Optimizer
     from fastxtend_opt.engine import fused
-    from fastxtend_opt.engine.optimizer import FusedOptimizer
-    from fastxtend_opt.engine.registry import get_optimizer, list_optimizers
-    from fastxtend_opt.engine.tape import UnsupportedError
+    from fastxtend_opt.optimizer.fused import FusedOptimizer
+    from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
+    from fastxtend_opt.engine.kinds import UnsupportedError
     import helpers as h
     real = dev.device != 'cpu'
     def make(name, params, mode='fused', **kw): return get_optimizer(name).func(h.two_groups(params), lr=.01, **{mode:True} if mode!='native' else {}, **kw)
@@ -315,7 +315,7 @@ def probe(name, device):
     "In a fresh process with empty caches: the first step, and a later one"
     import torch
     from torch import nn
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     dev = Interpreter() if device=='cpu' else Cuda()
     params = [nn.Parameter(torch.ones(s, device=dev.device)) for s in ((256,64), (256,), (10,256))]
     for p in params: p.grad = torch.ones_like(p)
@@ -350,7 +350,7 @@ def bytes_of(opt, p, n, reduction, every):
 
 def case(a, dev, model, optimizer, dtype, copy_gbps, out):
     import torch
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     from fastxtend_opt.tools import benchmark as b
     pset = b.ParamSet(rows_of(a, model), device=dev.device, dtype=dtype)
     pset.saved = None # gradients are not zeroed here

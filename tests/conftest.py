@@ -21,8 +21,9 @@ if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = 
 
 import pytest,torch
 from fastxtend_opt.engine import build,fused
-from fastxtend_opt.engine.optimizer import dry_run
-from fastxtend_opt.engine.registry import MODES,list_optimizers
+from fastxtend_opt.optimizer.passes import dry_run
+from fastxtend_opt.definition.make import MODES
+from fastxtend_opt.definition.registry import list_optimizers
 from helpers import CORE,backend_of
 torch.set_num_threads(1)
 fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks

@@ -2,9 +2,10 @@
 import torch
 from fastxtend_opt.engine.cohort import make_cohorts
 from fastxtend_opt.engine.ops import OPS
-from fastxtend_opt.engine.optimizer import TapeOptimizer
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
-from fastxtend_opt.engine.tape import TapeSlot,trace_steppers
+from fastxtend_opt.engine.kinds import TapeSlot
+from fastxtend_opt.engine.trace import trace_steppers
+from fastxtend_opt.optimizer.traced import TapeOptimizer
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from helpers import CORE
 from test_ops import NUMBERS,count
 

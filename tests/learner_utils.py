@@ -25,7 +25,7 @@ class Record(Callback):
 
 def opt_func(name, mode, **kwargs):
     "`name`'s factory in `mode`: what a user passes as `opt_func`"
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     f = get_optimizer(name).factory(**kwargs, **flags(mode))
     return WithBackend(f, mode) if mode in ('fused','triton') else f
 

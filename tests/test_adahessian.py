@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from fastxtend_opt.algorithms.adahessian import AdaHessian,AdaHessianPass,adahessian,estimate_hessian,hessian_due,hutchinson
 from fastxtend_opt.algorithms.adam import adam
 from fastxtend_opt.algorithms.lookahead import Lookahead
-from fastxtend_opt.engine.optimizer import dry_run
+from fastxtend_opt.optimizer.passes import dry_run
 from fastxtend_opt.tools.demo import digits_splitter
 from fastxtend_opt.training.gradient_release import GradientRelease,prepare_for_gradient_release
 from fastxtend_opt.training.optimizer_accumulation import OptimizerAccumulation

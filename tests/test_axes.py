@@ -3,8 +3,11 @@ import copy
 import pytest, torch
 from torch import nn
 from fastai.optimizer import Optimizer, weight_decay
-from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer
-from fastxtend_opt.engine.tape import TapeSlot, UnsupportedError, trace_steppers
+from fastxtend_opt.optimizer.fused import FusedOptimizer
+from fastxtend_opt.optimizer.native import NativeOptimizer
+from fastxtend_opt.optimizer.traced import ForEachOptimizer, JitOptimizer
+from fastxtend_opt.engine.kinds import TapeSlot, UnsupportedError
+from fastxtend_opt.engine.trace import trace_steppers
 from helpers import backend_of
 
 MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer, triton=FusedOptimizer)
@@ -185,7 +188,7 @@ def test_layouts(stepper, mode, layout, grad):
 @pytest.mark.parametrize('stepper', [adafactor, *(pytest.param(f, marks=pytest.mark.slow) for f in (adam_mini, every_second))], ids=lambda f: f.__name__)
 def test_bfloat16(stepper, mode):
     "float32 arithmetic and state of reduced shape, as native keeps it"
-    from fastxtend_opt.engine.optimizer import Storage
+    from fastxtend_opt.optimizer.storage import Storage
     shapes = [(5,), (3,4), (30,97), (6,5,3,3), (3,20_011)]
     for storage in (Storage(), Storage(stochastic_rounding=True), Storage(state_dtype=torch.float32), Storage(kahan_sum=False, state_dtype=torch.bfloat16)):
         ps,qs,_,b = make(mode, [stepper], shapes, dtype=torch.bfloat16, lr=.1)

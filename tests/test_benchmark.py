@@ -210,7 +210,7 @@ def trajectory(c, n=15):
     return torch.cat([(p.detach()-s).flatten() for p,s in zip(ps.params, start)]).double()
 
 def algorithms():
-    from fastxtend_opt.engine.registry import list_optimizers
+    from fastxtend_opt.definition.registry import list_optimizers
     return [o.name for o in list_optimizers()]
 
 @pytest.mark.parametrize('optimizer', algorithms())
@@ -278,7 +278,7 @@ def test_catalogue_does_not_mix_settings(tmp_path, monkeypatch):
 
 
 def test_catalogue_by_hand():
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     def row(who, ms, bytes_=28):
         lib,mode = ('','memory limit') if who=='memory limit' else who.split()
         return dict(contestant=who, lib=lib, mode=mode, step=dict(median=ms), bytes_per_element=bytes_)

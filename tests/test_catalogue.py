@@ -10,7 +10,7 @@ import pytest, torch
 
 import oracles
 from fastxtend_opt.engine import registry
-from fastxtend_opt.engine.registry import CATEGORIES, get_optimizer, list_optimizers
+from fastxtend_opt.definition.registry import CATEGORIES, get_optimizer, list_optimizers
 from fastxtend_opt.tools import benchmark as B, catalogue as C
 
 ROOT = Path(__file__).resolve().parents[1]

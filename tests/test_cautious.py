@@ -9,7 +9,9 @@ from fastxtend_opt.algorithms.adam import Adam
 from fastxtend_opt.algorithms.lookahead import Lookahead,lookahead_step,slow_weights
 from fastxtend_opt.algorithms.ranger import Ranger
 from fastxtend_opt.algorithms.sgd import SGD
-from fastxtend_opt.engine.registry import cautious_step,get_optimizer,list_optimizers,make_optimizer
+from fastxtend_opt.definition.make import make_optimizer
+from fastxtend_opt.definition.modifiers import cautious_step
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release,remove_gradient_release
 from helpers import *
 

@@ -21,7 +21,7 @@ def who(): return C.contestants(['adam','sgd'])
 # --- jobs ----------------------------------------------------------------------------------------
 
 def test_every_optimizer_takes_part_or_says_why():
-    from fastxtend_opt.engine.registry import list_optimizers
+    from fastxtend_opt.definition.registry import list_optimizers
     every = C.contestants()
     assert {o.name for o in list_optimizers()} | {'sam','svrg'} == set(every)
     for c in every.values():

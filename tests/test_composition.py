@@ -11,8 +11,9 @@ from fastxtend_opt.algorithms.lookahead import Lookahead,lookahead
 from fastxtend_opt.algorithms.ranger import ranger
 from fastxtend_opt.algorithms.schedulefree import ScheduleFree,schedule_free
 from fastxtend_opt.algorithms.sgd import SGD,sgd
-from fastxtend_opt.engine.registry import list_optimizers,make_optimizer
-from fastxtend_opt.training.composition import algorithm_refusals,composition_table,why_not,wrappers
+from fastxtend_opt.definition.make import make_optimizer
+from fastxtend_opt.definition.registry import list_optimizers
+from fastxtend_opt.tools.composition import algorithm_refusals, composition_table, why_not, wrappers
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release,remove_gradient_release
 from fastxtend_opt.training.rules import rules
 from helpers import *

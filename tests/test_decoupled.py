@@ -18,7 +18,10 @@ from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.algorithms.ranger import ranger
 from fastxtend_opt.algorithms.sgd import SGD,sgd
 from fastxtend_opt.engine import registry
-from fastxtend_opt.engine.registry import decays_weights,fully_decoupled,get_optimizer,list_optimizers,make_optimizer,take_steps
+from fastxtend_opt.definition.lessons import take_steps
+from fastxtend_opt.definition.make import make_optimizer
+from fastxtend_opt.definition.modifiers import decays_weights, fully_decoupled
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.training.decoupled_decay import MaxLR,peak_lrs
 from helpers import *
 from learner_utils import learner as digits,no_warnings

@@ -4,10 +4,13 @@ import numpy as np, pytest, torch
 from torch import nn
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, l2_reg, sgd_step, weight_decay
-from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer
-from fastxtend_opt.engine.tape import TapeSlot, UnsupportedError, trace_steppers
-from fastxtend_opt.engine.cpp import TapePhases, emit_cpp
-from fastxtend_opt.engine.fused import SOLO_SIZE
+from fastxtend_opt.engine.cpp import emit_cpp
+from fastxtend_opt.engine.launch import SOLO_SIZE
+from fastxtend_opt.engine.phases import TapePhases
+from fastxtend_opt.engine.kinds import TapeSlot, UnsupportedError
+from fastxtend_opt.engine.trace import trace_steppers
+from fastxtend_opt.optimizer.fused import FusedOptimizer
+from fastxtend_opt.optimizer.traced import ForEachOptimizer, JitOptimizer
 
 MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer, triton=FusedOptimizer) # 'triton' in Triton's interpreter
 SHAPES = [(3,), (4,5), (), (2,3,4), (20_011,), (0,), (1,)]

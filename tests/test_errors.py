@@ -7,8 +7,8 @@ from fastai.optimizer import Optimizer,average_grad,momentum_step,sgd_step,step_
 from torch import nn
 from fastxtend_opt.engine import optimizer as engines
 from fastxtend_opt.engine.cohort import check_tensors
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
-from fastxtend_opt.engine.tape import UnsupportedError
+from fastxtend_opt.engine.kinds import UnsupportedError
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from helpers import *
 
 NAMES = [o.name for o in list_optimizers()]

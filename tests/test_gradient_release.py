@@ -18,7 +18,7 @@ from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.algorithms.ranger import Ranger,ranger
 from fastxtend_opt.algorithms.sgd import SGD
 from fastxtend_opt.algorithms.sophia import Sophia,update_hessian
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.training import gradient_release as gr
 from fastxtend_opt.training.gradient_release import GradientRelease,keep_gradients,prepare_for_gradient_release,remove_gradient_release
 from helpers import *
@@ -230,7 +230,7 @@ def test_kernel_that_fails_leaves_a_usable_optimizer():
     def choosy(p, ok=True, **kwargs):
         if not ok: raise ValueError('not this time')
         p.data.mul_(.5)
-    from fastxtend_opt.engine.optimizer import FusedOptimizer
+    from fastxtend_opt.optimizer.fused import FusedOptimizer
     m = nn.Linear(2, 1, bias=False)
     opt = FusedOptimizer(m.parameters(), [choosy], lr=.1, ok=False)
     prepare_for_gradient_release(m, opt)
@@ -379,7 +379,7 @@ def test_refusals():
     with pytest.raises(ValueError, match='amp_scaling'): prepare_for_gradient_release(m, opt)
     def global_step(p, **kwargs): pass
     global_step.whole_model = True
-    from fastxtend_opt.engine.optimizer import FusedOptimizer
+    from fastxtend_opt.optimizer.fused import FusedOptimizer
     with pytest.raises(ValueError, match="'global_step' needs the gradients of all"): prepare_for_gradient_release(m, FusedOptimizer(m.parameters(), [global_step], lr=.1))
     assert n_hooks(m)==0 and not gr._releases
 

@@ -6,7 +6,7 @@ import pytest,torch
 from torch import nn
 from fastxtend_opt.engine import build
 from fastxtend_opt.engine.build import build_library,cache_folder,cpp_compiler,load_library
-from fastxtend_opt.engine.registry import get_optimizer
+from fastxtend_opt.definition.registry import get_optimizer
 from helpers import *
 
 pytestmark = pytest.mark.skipif(os.name!='posix', reason='folders and permissions of POSIX')

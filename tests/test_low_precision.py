@@ -18,7 +18,7 @@ import fastai.optimizer as fo
 import fastxtend_opt
 from fastxtend_opt.algorithms.adam import Adam,adam
 from fastxtend_opt.algorithms.ranger import ranger
-from fastxtend_opt.engine.optimizer import NativeOptimizer
+from fastxtend_opt.optimizer.native import NativeOptimizer
 from fastxtend_opt.tools.demo import digits_dls,digits_learner,digits_model,digits_splitter
 from fastxtend_opt.training.low_precision import LowPrecisionInput,to_low_precision
 from helpers import *

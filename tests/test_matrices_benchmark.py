@@ -58,5 +58,5 @@ def test_report_files_and_command(tmp_path, monkeypatch, capsys):
     assert main(['bench','--matrices','--optimizers','adam','--quiet']) == 2 and 'has no case' in capsys.readouterr().err
 
 def test_the_catalogue_leaves_them_out():
-    from fastxtend_opt.engine.registry import list_optimizers
+    from fastxtend_opt.definition.registry import list_optimizers
     assert 'muon' in [o.name for o in list_optimizers(kind='matrix')] and isinstance(B.peer_table['muon']['torch'], str)

@@ -10,8 +10,8 @@ import numpy as np,pytest,torch
 import torch.nn.functional as F
 from fastai.optimizer import Optimizer,weight_decay,l2_reg,average_grad,average_sqr_grad,step_stat,adam_step,sgd_step,momentum_step,debias
 from torch import nn,tensor
-from fastxtend_opt.engine.registry import list_optimizers,get_optimizer
-from fastxtend_opt.engine.tape import kind_of
+from fastxtend_opt.engine.kinds import kind_of
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 import oracles
 from helpers import *
 

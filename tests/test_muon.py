@@ -9,7 +9,7 @@ from torch import nn
 from fastxtend_opt.algorithms import muon as M
 from fastxtend_opt.algorithms.muon import Muon,muon,muon_params,newton_schulz
 from fastxtend_opt.engine.opaque import Opaque
-from fastxtend_opt.engine.rules import naming
+from fastxtend_opt.definition.parameters import naming
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release,remove_gradient_release
 from helpers import assert_bitwise,assert_same,flags
 from reference.muon import Muon as Reference

@@ -6,9 +6,10 @@ import pytest,torch
 from torch import nn
 from fastai.optimizer import average_grad,average_sqr_grad,l2_reg,momentum_step,step_stat,weight_decay
 from fastxtend_opt.engine.opaque import CutRun,CutTape,cut_tape,opaque
-from fastxtend_opt.engine.optimizer import FusedOptimizer
-from fastxtend_opt.engine.registry import make_optimizer
-from fastxtend_opt.engine.tape import TapeSlot,UnsupportedError,trace_steppers
+from fastxtend_opt.engine.kinds import TapeSlot, UnsupportedError
+from fastxtend_opt.engine.trace import trace_steppers
+from fastxtend_opt.optimizer.fused import FusedOptimizer
+from fastxtend_opt.definition.make import make_optimizer
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release,remove_gradient_release
 from helpers import assert_bitwise,assert_same,flags
 

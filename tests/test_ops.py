@@ -2,12 +2,17 @@
 import ctypes
 import numpy as np, pytest, torch
 from fastxtend_opt.engine.ops import OPS, add_op
-from fastxtend_opt.engine.tape import TapeSlot, Tape, TapeTensor, SCALAR_REF, trace_steppers
+from fastxtend_opt.engine.addresses import AddressTable
+from fastxtend_opt.engine.cpp import cpp_kernel
+from fastxtend_opt.engine.launch import KernelLaunch
+from fastxtend_opt.engine.kinds import SCALAR_REF, TapeSlot
+from fastxtend_opt.engine.tape import Tape
+from fastxtend_opt.engine.tape_tensor import TapeTensor
+from fastxtend_opt.engine.trace import trace_steppers
+from fastxtend_opt.engine.triton_launch import TritonLaunch
 from fastxtend_opt.engine.foreach import run_foreach
 from fastxtend_opt.engine.torchscript import run_script
-from fastxtend_opt.engine.cpp import cpp_kernel
 from fastxtend_opt.engine.triton import triton_kernel
-from fastxtend_opt.engine.fused import AddressTable, KernelLaunch, TritonLaunch
 from fastxtend_opt.engine.cohort import Cohort
 
 NUMBERS = {'pow':[1.7], 'rpow':[1.7], 'rsub':[.3], 'rdiv':[.3], 'clamp_min':[.2], 'clamp_max':[.2], 'axpy':[-.7], 'addcmul':[.7], 'addcdiv':[-.7], 'softplus':[2.,3.],

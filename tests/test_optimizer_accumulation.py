@@ -12,9 +12,11 @@ from fastxtend_opt.algorithms.adam import Adam,adam
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.algorithms.ranger import Ranger,ranger
 from fastxtend_opt.algorithms.sgd import SGD,sgd
-from fastxtend_opt.engine.optimizer import FusedOptimizer,NativeOptimizer
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers,make_optimizer
-from fastxtend_opt.engine.tape import UnsupportedError
+from fastxtend_opt.engine.kinds import UnsupportedError
+from fastxtend_opt.optimizer.fused import FusedOptimizer
+from fastxtend_opt.optimizer.native import NativeOptimizer
+from fastxtend_opt.definition.make import make_optimizer
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.training.gradient_release import GradientRelease,prepare_for_gradient_release
 from fastxtend_opt.training.optimizer_accumulation import OptimizerAccumulation
 from helpers import *

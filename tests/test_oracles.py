@@ -6,7 +6,7 @@ late, an element whose gradient is always zero, and two gradient spikes of a tho
 import math
 import fastai.optimizer as fo,numpy as np,pytest,torch
 from torch import nn
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 import oracles
 import reference as R
 from helpers import *

@@ -5,9 +5,11 @@ import pytest,torch
 from fastai.optimizer import Optimizer,average_grad,momentum_step,sgd_step,step_stat,weight_decay
 from torch import nn
 from fastxtend_opt.algorithms.lookahead import Lookahead
-from fastxtend_opt.engine.optimizer import Between,FusedOptimizer,NativeOptimizer
-from fastxtend_opt.engine.registry import make_optimizer
-from fastxtend_opt.engine.tape import UnsupportedError
+from fastxtend_opt.engine.kinds import UnsupportedError
+from fastxtend_opt.optimizer.fused import FusedOptimizer
+from fastxtend_opt.optimizer.native import NativeOptimizer
+from fastxtend_opt.optimizer.passes import Between
+from fastxtend_opt.definition.make import make_optimizer
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release
 from helpers import *
 

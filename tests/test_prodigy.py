@@ -11,8 +11,8 @@ from torch import nn
 import oracles
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.algorithms.prodigy import CheckProdigyLR,Prodigy,prodigy
-from fastxtend_opt.engine.registry import get_optimizer
-from fastxtend_opt.engine.tape import UnsupportedError
+from fastxtend_opt.engine.kinds import UnsupportedError
+from fastxtend_opt.definition.registry import get_optimizer
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release
 from helpers import *
 from test_oracles import distance,po,problem,run_fastai,run_reference,run_torch

@@ -12,9 +12,15 @@ from helpers import CORE
 
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.engine import registry
-from fastxtend_opt.engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer, TapeOptimizer
-from fastxtend_opt.engine.registry import (CATEGORIES, KINDS, MODES, OPTIONS, OptimizerInfo, as_groups, factory, get_optimizer, hyper_ranges,
-                                           valid_hyper, list_optimizers, make_optimizer, mode_differences, pick_mode, register, take_steps)
+from fastxtend_opt.optimizer.fused import FusedOptimizer
+from fastxtend_opt.optimizer.native import NativeOptimizer
+from fastxtend_opt.optimizer.traced import ForEachOptimizer, JitOptimizer, TapeOptimizer
+from fastxtend_opt.definition.factories import factory
+from fastxtend_opt.definition.groups import as_groups
+from fastxtend_opt.definition.hypers import hyper_ranges, valid_hyper
+from fastxtend_opt.definition.lessons import mode_differences, take_steps
+from fastxtend_opt.definition.make import make_optimizer, MODES, OPTIONS, pick_mode
+from fastxtend_opt.definition.registry import CATEGORIES, get_optimizer, KINDS, list_optimizers, OptimizerInfo, register
 
 ROWS = list_optimizers()
 NAMES = ('adam','adan','lamb','larc','lion','qhadam','radam','ranger','rmsprop','sgd','sophia','stableadam')

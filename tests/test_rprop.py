@@ -2,7 +2,7 @@
 import numpy as np,torch
 from torch import nn
 from fastxtend_opt.algorithms.rprop import Rprop,rprop
-from fastxtend_opt.engine.registry import take_steps
+from fastxtend_opt.definition.lessons import take_steps
 from helpers import *
 from test_oracles import DECAYS,REFS,problem,run_reference
 import pytest

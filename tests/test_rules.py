@@ -15,8 +15,8 @@ from fastxtend_opt.algorithms.schedulefree import schedule_free
 from fastxtend_opt.algorithms.muon import muon
 from fastxtend_opt.algorithms.sgd import SGD,sgd
 from fastxtend_opt.algorithms.swats import SWATS,swats
-from fastxtend_opt.engine.registry import make_optimizer
-from fastxtend_opt.engine.rules import naming
+from fastxtend_opt.definition.make import make_optimizer
+from fastxtend_opt.definition.parameters import naming
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release,remove_gradient_release
 from fastxtend_opt.training.rules import rules
 from helpers import *

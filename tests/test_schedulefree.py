@@ -16,7 +16,8 @@ from fastxtend_opt.algorithms.ranger import Ranger
 from fastxtend_opt.algorithms.schedulefree import (AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree, ScheduleFree, ScheduleFreeMode, ScheduleFreeOptimizer,
                                                    averaged_weights, recalibrate_bn, schedule_free)
 from fastxtend_opt.algorithms.sgd import SGD,sgd
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers,mode_differences
+from fastxtend_opt.definition.lessons import mode_differences
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release,remove_gradient_release
 from helpers import *
 from learner_utils import dls,learner,losses,weights
@@ -759,5 +760,5 @@ def test_beta_may_change_while_averaged(mode):
     assert torch.equal(p, y) and torch.equal(opt.state[p]['z'], z) and 'y_beta' not in opt.state[p]
 
 def test_found_by_the_name_of_the_function():
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     assert get_optimizer('SGDScheduleFree') is get_optimizer('sgd_schedulefree') and get_optimizer('Adam') is get_optimizer('adam')

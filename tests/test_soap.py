@@ -8,9 +8,9 @@ from fastxtend_opt.algorithms import shampoo as H,soap as S
 from fastxtend_opt.algorithms.shampoo import Shampoo,shampoo
 from fastxtend_opt.algorithms.soap import SOAP,soap
 from fastxtend_opt.engine.opaque import opaque
-from fastxtend_opt.engine.registry import make_optimizer
-from fastxtend_opt.engine.rules import naming
-from fastxtend_opt.engine.tape import UnsupportedError
+from fastxtend_opt.engine.kinds import UnsupportedError
+from fastxtend_opt.definition.make import make_optimizer
+from fastxtend_opt.definition.parameters import naming
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release
 from helpers import *
 from reference.shampoo import Shampoo as RefShampoo

@@ -10,7 +10,7 @@ import pytest,torch
 from hypothesis import HealthCheck,Phase,settings,strategies as st
 from hypothesis.stateful import RuleBasedStateMachine,initialize,precondition,rule
 from torch import nn
-from fastxtend_opt.engine.registry import get_optimizer
+from fastxtend_opt.definition.registry import get_optimizer
 from helpers import *
 
 SHAPES_M = ((), (5,), (4,4), (3,4,2,2), (300,), (0,), (7,3), (2,3,3,3))

@@ -6,7 +6,7 @@ from fastai.optimizer import weight_decay,l2_reg,average_grad,average_sqr_grad,m
 from torch import nn
 from fastxtend_opt.engine import optimizer as eo
 from fastxtend_opt.engine.ops import sround_bfloat16
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from helpers import *
 from test_matrix import USERS,HYPERS,through_file
 

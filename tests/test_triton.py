@@ -10,10 +10,13 @@ from fastai.optimizer import Optimizer,sgd_step,weight_decay
 from torch import nn
 from fastxtend_opt.engine import fused,optimizer as eo,triton as et
 from fastxtend_opt.engine.cohort import make_cohorts
-from fastxtend_opt.engine.fused import AddressTable,TritonLaunch,chunk_rows
+from fastxtend_opt.engine.addresses import AddressTable
+from fastxtend_opt.engine.launch import chunk_rows
+from fastxtend_opt.engine.kinds import UnsupportedError
+from fastxtend_opt.engine.trace import trace_steppers
+from fastxtend_opt.engine.triton_launch import TritonLaunch
+from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.engine.ops import OPS
-from fastxtend_opt.engine.registry import get_optimizer,list_optimizers
-from fastxtend_opt.engine.tape import UnsupportedError,trace_steppers
 from helpers import *
 from test_matrix import s_buffer_from_grad,s_keeps_grad,s_scales_grad,s_spread
 

@@ -8,7 +8,11 @@ __all__ = ['accsgd', 'average_from_weights', 'accsgd_average', 'accsgd_step', 'A
 # %% ../../nbs/algorithms/accsgd.ipynb #9298e1e8
 import torch
 from fastai.optimizer import Optimizer
-from ..engine.registry import Within, as_groups, group_values, hyper_ranges, make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups
+from ..definition.hypers import group_values, hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/accsgd.ipynb #c4cbd9c4

@@ -10,8 +10,10 @@ import math
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, step_stat
-from ..engine.registry import make_optimizer, factory, options, register
-from ..engine.rules import refuses
+from ..optimizer.steppers import refuses
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/adabelief.ipynb #33761646

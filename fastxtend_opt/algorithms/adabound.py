@@ -9,7 +9,10 @@ __all__ = ['adabound', 'adaptive_rate', 'adabound_step', 'AdaBound']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
-from ..engine.registry import Within, hyper_ranges, make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/adabound.ipynb #123b88f1

@@ -8,7 +8,9 @@ __all__ = ['adadelta', 'adadelta_step', 'AdaDelta']
 # %% ../../nbs/algorithms/adadelta.ipynb #68c01dfd
 import torch
 from fastai.optimizer import Optimizer, average_sqr_grad
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/adadelta.ipynb #563d5d20

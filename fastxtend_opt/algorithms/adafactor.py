@@ -10,7 +10,11 @@ __all__ = ['adafactor', 'axis_mean', 'average_factors', 'product_of_factors', 'a
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat, l2_reg
-from ..engine.registry import Within, hyper_ranges, make_optimizer, decays_weights, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/adafactor.ipynb #08a35951
 def axis_mean(

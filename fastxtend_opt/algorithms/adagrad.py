@@ -8,7 +8,10 @@ __all__ = ['adagrad', 'sum_sqr_grad', 'adagrad_step', 'AdaGrad']
 # %% ../../nbs/algorithms/adagrad.ipynb #ad8e12ba
 import torch
 from fastai.optimizer import Optimizer, step_stat
-from ..engine.registry import make_optimizer, factory, options, register, hyper_ranges, Within
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/adagrad.ipynb #92851cdd

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import Optimizer, average_grad, debias, step_stat, weight_decay
-from ..engine.optimizer import in_dry_run
-from ..engine.registry import Within, factory, hyper_ranges, make_optimizer, options, register, valid_hyper
+from ..optimizer.passes import in_dry_run
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, valid_hyper, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from ..training.extra_pass import ExtraPass, innermost
 from ..training.gradient_release import GradientRelease
 

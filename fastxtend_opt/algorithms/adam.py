@@ -8,7 +8,9 @@ __all__ = ['adam', 'Adam']
 # %% ../../nbs/algorithms/adam.ipynb #66626c83
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, adam_step
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/adam.ipynb #e288ba5e

@@ -9,7 +9,9 @@ __all__ = ['PARTITIONS', 'adam_mini', 'average_block_sqr_grad', 'adam_mini_step'
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, adam_step, average_grad, step_stat
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/adam_mini.ipynb #e1be3318

@@ -9,7 +9,9 @@ __all__ = ['adamax', 'max_abs_grad', 'adamax_step', 'AdaMax']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, step_stat
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/adamax.ipynb #b1483b81

@@ -9,7 +9,9 @@ __all__ = ['adamod', 'adamod_step', 'AdaMod']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .adabound import adaptive_rate
 from .sgd import decay_stepper
 

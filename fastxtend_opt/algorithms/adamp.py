@@ -9,7 +9,11 @@ __all__ = ['adamp', 'sgdp', 'cosine_size', 'project_radial', 'adamp_step', 'damp
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
-from ..engine.registry import Within, hyper_ranges, make_optimizer, decays_weights, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/adamp.ipynb #b17dc6a5
 def cosine_size(

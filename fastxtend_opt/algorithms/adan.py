@@ -9,7 +9,10 @@ __all__ = ['adan', 'adan_averages', 'adan_step', 'proximal_decay', 'Adan']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat
-from ..engine.registry import make_optimizer, decays_weights, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/adan.ipynb #2ece1e88
 def adan_averages(

@@ -11,7 +11,11 @@ from functools import partial
 import torch
 from fastai.callback.core import Callback
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, weight_decay
-from ..engine.registry import Within, hyper_ranges, make_optimizer, as_groups, in_use, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups, in_use
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/ademamix.ipynb #6685d664
 def warmed_alpha(

@@ -8,7 +8,11 @@ __all__ = ['adopt', 'adopt_decay', 'adopt_averages', 'adopt_step', 'ADOPT']
 # %% ../../nbs/algorithms/adopt.ipynb #e0e7a2b1
 import torch
 from fastai.optimizer import Optimizer, l2_reg, step_stat, weight_decay
-from ..engine.registry import Within, hyper_ranges, make_optimizer, decays_weights, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/adopt.ipynb #437c0f89
 @decays_weights

@@ -9,7 +9,10 @@ __all__ = ['aggmo', 'aggmo_sums', 'aggmo_step', 'AggMo']
 from functools import partial
 from fastcore.all import is_listy
 from fastai.optimizer import Optimizer, average_grad
-from ..engine.registry import Within, group_values, hyper_ranges, make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import group_values, hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/aggmo.ipynb #af8c4226

@@ -9,9 +9,12 @@ __all__ = ['REBOUNDS', 'apollo', 'apollo_curvature', 'apollo_rate', 'apollo_step
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat, l2_reg
-from ..engine.rules import refuses
-from ..engine.registry import (Within, hyper_ranges, valid_hyper, make_optimizer, decays_weights, factory, options,
-                                           register)
+from ..optimizer.steppers import refuses
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, valid_hyper, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/apollo.ipynb #5d3962ee
 def apollo_curvature(

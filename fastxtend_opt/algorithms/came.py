@@ -8,7 +8,10 @@ __all__ = ['came', 'came_sqr_averages', 'came_average', 'came_step', 'CAME']
 # %% ../../nbs/algorithms/came.ipynb #a121695b
 import torch
 from fastai.optimizer import Optimizer, weight_decay
-from ..engine.registry import Within, make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .adafactor import average_factors, product_of_factors, clip_rms
 
 # %% ../../nbs/algorithms/came.ipynb #8d2fc7fe

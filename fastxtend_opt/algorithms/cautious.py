@@ -9,8 +9,9 @@ __all__ = ['cadamw', 'clion', 'CAdamW', 'CLion', 'cautious']
 import inspect
 from functools import partial
 from fastai.optimizer import Optimizer
-from ..engine.registry import factory, options, register
-from ..engine.rules import check_round, opt_func_text
+from ..optimizer.steppers import check_round
+from ..definition.factories import factory, opt_func_text, options
+from ..definition.registry import register
 from .adam import Adam
 from .lion import Lion
 

@@ -9,7 +9,11 @@ __all__ = ['larc', 'larc_layer_lr', 'larc_step', 'Larc']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad
-from ..engine.registry import make_optimizer, as_groups, decays_weights, in_use, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups, in_use
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/larc.ipynb #e1ec0869

@@ -8,7 +8,9 @@ __all__ = ['lion', 'lion_step', 'lion_average', 'Lion']
 # %% ../../nbs/algorithms/lion.ipynb #67db56ea
 import torch
 from fastai.optimizer import Optimizer, weight_decay
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/lion.ipynb #d79c4be5
 def lion_step(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from fastcore.all import L, patch
 from fastai.optimizer import Optimizer, Lookahead as _FastaiLookahead
-from ..engine.optimizer import NativeOptimizer, TapeOptimizer
-from ..engine.registry import valid_hyper
-from ..engine.rules import check_round
+from ..optimizer.native import NativeOptimizer
+from ..optimizer.steppers import check_round
+from ..optimizer.traced import TapeOptimizer
+from ..definition.hypers import valid_hyper
 
 # %% ../../nbs/algorithms/lookahead.ipynb #30e2a4f8
 def slow_weights(

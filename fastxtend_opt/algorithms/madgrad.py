@@ -10,8 +10,12 @@ import math
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, l2_reg, step_stat
-from ..engine.registry import make_optimizer, as_groups, decays_weights, in_use, factory, options, register
-from ..engine.rules import refuses
+from ..optimizer.steppers import refuses
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups, in_use
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/madgrad.ipynb #109655dd
 def _stable(lr, eps): return lr+eps if lr else 0.

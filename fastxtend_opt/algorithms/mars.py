@@ -9,8 +9,12 @@ __all__ = ['MARS_TYPES', 'mars', 'mars_averages', 'mars_step', 'mars_decay', 'MA
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, adam_step, weight_decay
-from ..engine.registry import Within, hyper_ranges, make_optimizer, decays_weights, factory, options, register
-from ..engine.rules import refuses
+from ..optimizer.steppers import refuses
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/mars.ipynb #6e6f868b
 def mars_averages(

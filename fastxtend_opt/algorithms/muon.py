@@ -12,9 +12,15 @@ from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, adam_step, weight_decay
 from ..engine.opaque import opaque
-from ..engine.registry import Within, as_groups, decays_weights, factory, hyper_ranges, make_optimizer, options, pick_mode, register
-from ..engine.rules import ShowRules, aux_reasons, param_infos, rule_table
-from ..engine.tape import UnsupportedError
+from ..engine.kinds import UnsupportedError
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer, pick_mode
+from ..definition.modifiers import decays_weights
+from ..definition.parameters import aux_reasons, param_infos
+from ..definition.registry import register
+from ..training.rule_table import rule_table, ShowRules
 
 # %% ../../nbs/algorithms/muon.ipynb #d27a3e2b
 NS_COEFFICIENTS = 3.4445,-4.7750,2.0315 # Of the polynomial (a, b, c)

@@ -9,7 +9,10 @@ __all__ = ['nadam', 'nadam_mu', 'multiply_mu', 'nadam_step', 'NAdam']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
-from ..engine.registry import make_optimizer, factory, options, register, hyper_ranges, Within
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/nadam.ipynb #09564150

@@ -9,7 +9,9 @@ __all__ = ['novograd', 'average_sqr_norm', 'divide_grad', 'NovoGrad']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, momentum_step
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/novograd.ipynb #8e48325a

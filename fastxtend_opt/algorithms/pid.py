@@ -8,7 +8,10 @@ __all__ = ['pid', 'pid_terms', 'pid_step', 'PID']
 # %% ../../nbs/algorithms/pid.ipynb #f12f6f17
 import torch
 from fastai.optimizer import Optimizer, average_grad
-from ..engine.registry import Within, hyper_ranges, make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/pid.ipynb #f0789296

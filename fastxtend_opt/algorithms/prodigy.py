@@ -13,8 +13,13 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder
 from fastai.optimizer import Optimizer, l2_reg, weight_decay
-from ..engine.optimizer import Between
-from ..engine.registry import Within, hyper_ranges, as_groups, decays_weights, make_optimizer, factory, options, register, valid_hyper
+from ..optimizer.passes import Between
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups
+from ..definition.hypers import hyper_ranges, valid_hyper, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/prodigy.ipynb #74f22276
 def largest_lr(

@@ -8,7 +8,9 @@ __all__ = ['qhadam', 'QHAdam']
 # %% ../../nbs/algorithms/qhadam.ipynb #cffdbe12
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, qhadam_step
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/qhadam.ipynb #c99458f7

@@ -9,7 +9,10 @@ __all__ = ['qhm', 'qhm_step', 'QHM']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad
-from ..engine.registry import make_optimizer, factory, options, register, hyper_ranges, Within
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/qhm.ipynb #b392935a

@@ -8,7 +8,9 @@ __all__ = ['radam', 'RAdam']
 # %% ../../nbs/algorithms/radam.ipynb #e91c87df
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, radam_step
-from ..engine.registry import make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/radam.ipynb #bf20ebaa

@@ -6,7 +6,9 @@
 __all__ = ['ranger', 'Ranger']
 
 # %% ../../nbs/algorithms/ranger.ipynb #3096c643
-from ..engine.registry import valid_hyper, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import valid_hyper
+from ..definition.registry import register
 from .radam import RAdam
 from .lookahead import Lookahead
 

@@ -7,7 +7,10 @@ __all__ = ['rmsprop', 'RMSProp']
 
 # %% ../../nbs/algorithms/rmsprop.ipynb #676e614d
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, rms_prop_step
-from ..engine.registry import make_optimizer, as_groups, in_use, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups, in_use
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/rmsprop.ipynb #28bc1ffd

@@ -8,7 +8,10 @@ __all__ = ['rprop', 'rprop_sizes', 'rprop_step', 'Rprop']
 # %% ../../nbs/algorithms/rprop.ipynb #c9041ab5
 import torch
 from fastai.optimizer import Optimizer, weight_decay
-from ..engine.registry import make_optimizer, factory, options, register, hyper_ranges, Within
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/rprop.ipynb #16dc33bd
 def rprop_sizes(

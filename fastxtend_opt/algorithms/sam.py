@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from fastai.optimizer import Optimizer
-from ..engine.registry import Within, group_values, hyper_ranges
+from ..definition.hypers import group_values, hyper_ranges, Within
 from ..training.extra_pass import ExtraPass, SecondGradient, add_grads, opt_layers
 
 # %% ../../nbs/algorithms/sam.ipynb #faeef61a

@@ -20,9 +20,15 @@ from fastai.callback.core import Callback
 from fastai.callback.schedule import LRFinder, ParamScheduler
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
-from ..engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer
-from ..engine.registry import Within, make_optimizer, decays_weights, factory, group_values, hyper_ranges, options, register
-from ..engine.rules import check_round, inner_stepper, run_on_rule, within_rule
+from ..optimizer.fused import FusedOptimizer
+from ..optimizer.native import NativeOptimizer
+from ..optimizer.steppers import check_round, inner_stepper, run_on_rule, within_rule
+from ..optimizer.traced import ForEachOptimizer, JitOptimizer
+from ..definition.factories import factory, options
+from ..definition.hypers import group_values, hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 from .lion import lion_average, lion_step
 from .stableadam import debiased_averages, debiased_mom
 

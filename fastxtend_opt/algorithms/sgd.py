@@ -7,7 +7,10 @@ __all__ = ['sgd', 'decay_stepper', 'SGD']
 
 # %% ../../nbs/algorithms/sgd.ipynb #ae2b8f43
 from fastai.optimizer import Optimizer, weight_decay, l2_reg, average_grad, sgd_step, momentum_step
-from ..engine.registry import make_optimizer, as_groups, in_use, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups, in_use
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/sgd.ipynb #b45ba550
 def decay_stepper(

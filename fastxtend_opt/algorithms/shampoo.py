@@ -13,8 +13,13 @@ from functools import lru_cache, partial
 import torch
 from fastai.optimizer import Optimizer, step_stat
 from ..engine.opaque import opaque
-from ..engine.registry import Within, hyper_ranges, as_groups, in_use, make_optimizer, factory, options, register
-from ..engine.rules import ShowRules, aux_reasons, check_pattern, param_infos, rule_table
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups, in_use
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.parameters import aux_reasons, check_pattern, param_infos
+from ..definition.registry import register
+from ..training.rule_table import rule_table, ShowRules
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/shampoo.ipynb #b7ae7cad

@@ -12,8 +12,13 @@ from functools import partial
 import torch
 from fastai.optimizer import Optimizer, step_stat, weight_decay
 from ..engine.opaque import opaque
-from ..engine.registry import Within, hyper_ranges, as_groups, make_optimizer, decays_weights, factory, options, register
-from ..engine.rules import aux_reasons, check_pattern, param_infos
+from ..definition.factories import factory, options
+from ..definition.groups import as_groups
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.parameters import aux_reasons, check_pattern, param_infos
+from ..definition.registry import register
 from .shampoo import CPU_STACK, add_products, add_state, along_axes, along_axis, axis_products, axis_sizes, decompose, leave_out
 
 # %% ../../nbs/algorithms/soap.ipynb #704d28b8

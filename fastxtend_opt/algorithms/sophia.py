@@ -18,8 +18,12 @@ from fastcore.foundation import L
 from fastai.callback.fp16 import MixedPrecision
 from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
 from fastai.optimizer import Optimizer, average_grad, weight_decay
-from ..engine.optimizer import NativeOptimizer, TapeOptimizer
-from ..engine.registry import make_optimizer, factory, options, register, valid_hyper
+from ..optimizer.native import NativeOptimizer
+from ..optimizer.traced import TapeOptimizer
+from ..definition.factories import factory, options
+from ..definition.hypers import valid_hyper
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from ..training.extra_pass import ExtraPass, RandomState, grads_aside, innermost, model_devices
 from ..training.gradient_release import keep_gradients
 

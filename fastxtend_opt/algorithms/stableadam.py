@@ -9,7 +9,10 @@ __all__ = ['stableadam', 'StableAdamW', 'debiased_mom', 'debiased_averages', 'st
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat, l2_reg
-from ..engine.registry import make_optimizer, decays_weights, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.make import make_optimizer
+from ..definition.modifiers import decays_weights
+from ..definition.registry import register
 
 # %% ../../nbs/algorithms/stableadam.ipynb #795a5f96
 def debiased_mom(

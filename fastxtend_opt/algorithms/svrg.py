@@ -18,7 +18,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Optimizer
 from fastai.torch_core import find_bs
-from ..engine.registry import Within, hyper_ranges, valid_hyper
+from ..definition.hypers import hyper_ranges, valid_hyper, Within
 from ..training.extra_pass import ExtraPass, SecondGradient, frozen_stats, grads_aside, opt_layers
 from ..training.gradient_release import GradientRelease
 from ..training.low_precision import LowPrecisionInput

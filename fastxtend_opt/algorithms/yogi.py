@@ -9,7 +9,10 @@ __all__ = ['yogi', 'yogi_sqr_avg', 'Yogi']
 from functools import partial
 import torch
 from fastai.optimizer import Optimizer, average_grad, step_stat, adam_step
-from ..engine.registry import Within, hyper_ranges, make_optimizer, factory, options, register
+from ..definition.factories import factory, options
+from ..definition.hypers import hyper_ranges, Within
+from ..definition.make import make_optimizer
+from ..definition.registry import register
 from .sgd import decay_stepper
 
 # %% ../../nbs/algorithms/yogi.ipynb #a3c896ff

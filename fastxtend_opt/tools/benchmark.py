@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple
 import numpy as np, torch
 from torch import nn
 from ..engine.build import load_library
-from ..engine.optimizer import dry_run
+from ..optimizer.passes import dry_run
 
 # %% auto #0
 __all__ = ['peer_table', 'bench_peers', 'matrix_cases', 'list_models', 'model_rows', 'ParamSet', 'step_bytes', 'Streams',
@@ -121,7 +121,7 @@ class Streams(NamedTuple):
 
 @lru_cache(None)
 def _state_streams(optimizer, shape):
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     info,gen = get_optimizer(optimizer),torch.Generator().manual_seed(0)
     new = lambda: torch.randn(shape, generator=gen, dtype=torch.float64)
     p = nn.Parameter(new())
@@ -305,7 +305,7 @@ def _fastai(name, wd):
     return [Contestant('fastai', 'native', partial(_fastai_style, partial(func, wd=wd, **_settings.get(name, {}))))] if func else []
 
 def _ours(name, modes, wd):
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     info = get_optimizer(name)
     kw = _our_hypers(info, wd)
     return [Contestant('fastxtend_opt', m, partial(_fastai_style, info.factory(**kw, **({} if m=='native' else {m:True})))) for m in modes if m in info.modes]
@@ -968,7 +968,7 @@ def bench_matrix_case(
     seconds:float|None=None # Take no further round after so many seconds, if there were three
 )->dict: # `rows`, `missing`, and the `order` of each round
     "Step times of one case's contestants, taken in turns"
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     pset,turns,found,missing,first = ParamSet(case.rows(), sets=case.gradients),{},{},[],{}
     def _missing(who, e): missing.append(dict(case=case.name, who=who, why=str(e) if isinstance(e, NotImplementedError) else f'{type(e).__name__}: {e}'))
     cs = []
@@ -1093,7 +1093,7 @@ def bench_catalogue(
     progress:bool=True # Print a line an optimizer?
 )->dict: # `machine`, and for each optimizer of `optimizers` its step times, ratios and who was missing
     "Every registered optimizer beside its own memory limit and the peers that have it, in turns, saved after each optimizer"
-    from fastxtend_opt.engine.registry import get_optimizer, list_optimizers
+    from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
     names = [o.name for o in list_optimizers() if o.kind!='matrix'] # those are for `bench_matrices`
     if optimizers is not None: optimizers = [get_optimizer(o).name for o in ((optimizers,) if isinstance(optimizers, str) else optimizers)]
     rows,path = model_rows(model),Path(out)/'catalogue.json' if out else None

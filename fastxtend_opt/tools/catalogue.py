@@ -7,7 +7,7 @@ __all__ = ['catalogue_row', 'catalogue_rows', 'catalogue_html', 'catalogue_table
 
 # %% ../../nbs/tools/catalogue.ipynb #1cd82646
 import html, re
-from ..engine.registry import CATEGORIES, OptimizerInfo, get_optimizer, list_optimizers
+from ..definition.registry import CATEGORIES, get_optimizer, list_optimizers, OptimizerInfo
 
 # %% ../../nbs/tools/catalogue.ipynb #9e39abec
 def catalogue_row(

@@ -77,7 +77,7 @@ def _bench(a, rest):
     peers = tuple(or_(a.peers, ['torch'] if a.tables else list(b.bench_peers)))
     optimizers = a.optimizers
     if optimizers==['all']:
-        from fastxtend_opt.engine.registry import list_optimizers
+        from fastxtend_opt.definition.registry import list_optimizers
         optimizers = [o.name for o in list_optimizers()]
     if a.catalogue:
         models = or_(a.models, ['xresnet50'])

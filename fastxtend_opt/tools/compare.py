@@ -19,7 +19,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.torch_core import set_seed
-from ..engine.registry import get_optimizer, list_optimizers
+from ..definition.registry import get_optimizer, list_optimizers
 
 # %% auto #0
 __all__ = ['tasks', 'recommended', 'RATES', 'FORMAT', 'stdlib_text', 'TextModel', 'Task', 'task_learner', 'Contestant',

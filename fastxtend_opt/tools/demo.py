@@ -105,7 +105,7 @@ _recipes = dict(adam=('fit_one_cycle',8e-3), ranger=('fit_flat_cos',8e-3), sgd=(
 _modes = ('native','foreach','jit','fused')
 
 def _opt_func(name, mode):
-    from fastxtend_opt.engine.registry import get_optimizer
+    from fastxtend_opt.definition.registry import get_optimizer
     kw = dict(mom=.9) if name=='sgd' else {}
     return get_optimizer(name).factory(**kw, **({} if mode=='native' else {mode:True}))
 

@@ -8,7 +8,8 @@ __all__ = ['peak_lrs', 'MaxLR']
 # %% ../../nbs/training/decoupled_decay.ipynb #60ce7679
 from fastai.basics import *
 from fastai.callback.schedule import *
-from ..engine.registry import group_values, warn_high_wd
+from ..definition.hypers import group_values
+from ..definition.modifiers import warn_high_wd
 
 # %% ../../nbs/training/decoupled_decay.ipynb #a1a27734
 def _pcts(learn, cb, few=1000):

@@ -19,8 +19,10 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNativeMixedPrecision
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.optimizer import Optimizer
-from ..engine.optimizer import NativeOptimizer, TapeOptimizer, shared_params
-from ..engine.rules import inner_stepper
+from ..optimizer.native import NativeOptimizer
+from ..optimizer.plan import shared_params
+from ..optimizer.steppers import inner_stepper
+from ..optimizer.traced import TapeOptimizer
 from ..algorithms.lookahead import Lookahead
 
 # %% ../../nbs/training/gradient_release.ipynb #c4164a77

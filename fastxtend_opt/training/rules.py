@@ -11,10 +11,16 @@ import inspect, warnings
 from torch import Tensor
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer
-from ..engine.optimizer import ForEachOptimizer, FusedOptimizer, JitOptimizer, NativeOptimizer
-from ..engine.registry import OPTIONS, Within, as_groups, hyper_ranges, valid_hyper
-from fastxtend_opt.engine.rules import (ShowRules, check_pattern, freeze_param, inner_opt_func, inner_stepper, matches, on_rule, opt_func_text, param_infos, pattern_text,
-    rule_table, thaw_params)
+from ..optimizer.fused import FusedOptimizer
+from ..optimizer.native import NativeOptimizer
+from ..optimizer.steppers import inner_stepper, on_rule
+from ..optimizer.traced import ForEachOptimizer, JitOptimizer
+from ..definition.factories import inner_opt_func, opt_func_text
+from ..definition.groups import as_groups
+from ..definition.hypers import hyper_ranges, valid_hyper, Within
+from ..definition.make import OPTIONS
+from ..definition.parameters import check_pattern, matches, param_infos, pattern_text
+from .rule_table import freeze_param, rule_table, ShowRules, thaw_params
 
 # %% ../../nbs/training/rules.ipynb #e209bd64
 _classes = (NativeOptimizer, ForEachOptimizer, JitOptimizer, FusedOptimizer)
