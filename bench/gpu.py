@@ -105,7 +105,7 @@ def checks(dev):
     import torch
     from torch import nn
     from fastai.optimizer import Optimizer
-    from fastxtend_opt.engine import fused
+    from fastxtend_opt.engine import triton_launch as fused
     from fastxtend_opt.optimizer.fused import FusedOptimizer
     from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
     from fastxtend_opt.engine.kinds import UnsupportedError
@@ -406,7 +406,7 @@ def part_models(a, dev, out, left):
 def part_sweep(a, dev, out, left):
     "Other blocks and warps than the package's, in turns: what `engine.fused` should hold"
     import torch
-    from fastxtend_opt.engine import fused
+    from fastxtend_opt.engine import triton_launch as fused
     from fastxtend_opt.tools.benchmark import ParamSet, contestants
     names = 'GPU_BLOCK','GPU_WARPS','GPU_CHUNK','GPU_PROGRAMS'
     default = tuple(getattr(fused, n) for n in names)

@@ -20,13 +20,13 @@ def _session_cache():
 if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = _session_cache()
 
 import pytest,torch
-from fastxtend_opt.engine import build,fused
+from fastxtend_opt.engine import build,triton_launch
 from fastxtend_opt.optimizer.passes import dry_run
 from fastxtend_opt.definition.make import MODES
 from fastxtend_opt.definition.registry import list_optimizers
 from helpers import CORE,backend_of
 torch.set_num_threads(1)
-fused.GPU_BLOCK,fused.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
+triton_launch.GPU_BLOCK,triton_launch.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
 
 def _lighten_interpreter():
     """Triton's interpreter in half the time: no search for overflows of integers (`test_integers_do_not_overflow` makes it), and what depends on a type alone,
@@ -84,7 +84,7 @@ def pytest_configure(config):
 
 # Kernels are compiled with -O1, in half the time, but for those of `CORE` and in these modules: the pages of all algorithms hold them against native as users have them, with -O3
 FULL,FAST = build.CPP_FLAGS,build.CPP_FLAGS if os.environ.get('FASTXTEND_OPT_TEST_O3') else tuple('-O1' if o=='-O3' else o for o in build.CPP_FLAGS)
-OPTIMIZED = {'test_engine','test_ops','test_kernel_cache','test_benchmark','test_learner','test_state_machine','test_triton'}
+OPTIMIZED = {'test_engine','test_ops','test_package','test_kernel_cache','test_benchmark','test_learner','test_state_machine','test_triton'}
 
 @pytest.fixture(autouse=True)
 def compiler_flags(request):

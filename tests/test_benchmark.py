@@ -244,7 +244,7 @@ ONE = [(0,1,(16,8)), (0,0,(16,))]
 
 def test_catalogue_resumes(tmp_path, monkeypatch):
     "What is measured is saved at once; an interrupted run goes on with what is left, and a complete one begins anew"
-    from fastxtend_opt.engine import registry
+    from fastxtend_opt.definition import registry
     rows = [registry.get_optimizer(o) for o in ('adam','lamb','sgd')]
     monkeypatch.setattr(registry, 'list_optimizers', lambda *a, **k: rows)
     real,asked = B.bench_case,[]
@@ -268,7 +268,7 @@ def test_catalogue_resumes(tmp_path, monkeypatch):
 
 
 def test_catalogue_does_not_mix_settings(tmp_path, monkeypatch):
-    from fastxtend_opt.engine import registry
+    from fastxtend_opt.definition import registry
     monkeypatch.setattr(registry, 'list_optimizers', lambda *a, **k: [registry.get_optimizer('adam')])
     run = lambda r, **kw: B.bench_catalogue(tmp_path, kw.pop('optimizers', None), ONE, (), ('torch',), r, 0, progress=False)
     run(1)

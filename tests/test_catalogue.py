@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest, torch
 
 import oracles
-from fastxtend_opt.engine import registry
+from fastxtend_opt.definition import registry
 from fastxtend_opt.definition.registry import CATEGORIES, get_optimizer, list_optimizers
 from fastxtend_opt.tools import benchmark as B, catalogue as C
 

@@ -17,7 +17,7 @@ from fastxtend_opt.algorithms.adam import Adam,adam
 from fastxtend_opt.algorithms.lookahead import Lookahead
 from fastxtend_opt.algorithms.ranger import ranger
 from fastxtend_opt.algorithms.sgd import SGD,sgd
-from fastxtend_opt.engine import registry
+from fastxtend_opt.definition import registry
 from fastxtend_opt.definition.lessons import take_steps
 from fastxtend_opt.definition.make import make_optimizer
 from fastxtend_opt.definition.modifiers import decays_weights, fully_decoupled
@@ -565,15 +565,16 @@ from fastai.learner import Learner
 fastais = Learner.create_opt
 from fastxtend_opt.algorithms.adam import adam
 import sys
-from fastxtend_opt.engine import registry
+from functools import partial
+from fastxtend_opt.training import learner
 assert Learner.create_opt is not fastais and Learner.create_opt.__wrapped__ is fastais
-for _ in range(3): importlib.reload(registry)
+for _ in range(3): importlib.reload(learner)
 assert Learner.create_opt.__wrapped__ is fastais
 ours,calls = Learner.create_opt,[]
 @functools.wraps(ours)
 def theirs(self): calls.append(1); return ours(self)
 Learner.create_opt = theirs
-importlib.reload(registry)
+importlib.reload(learner)
 assert Learner.create_opt.__wrapped__ is theirs
 import torch
 from torch import nn
@@ -581,7 +582,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 ds = [(torch.ones(1),torch.ones(1))]*4
 dls = DataLoaders(DataLoader(ds, bs=2), DataLoader(ds, bs=2), device='cpu')
-for f in (adam(decouple_lr=True, wd=1e-5), registry.partial(sys.modules['fastxtend_opt.algorithms.adam'].Adam, decouple_lr=True, wd=1e-5)):
+for f in (adam(decouple_lr=True, wd=1e-5), partial(sys.modules['fastxtend_opt.algorithms.adam'].Adam, decouple_lr=True, wd=1e-5)):
     learn = Learner(dls, nn.Linear(1,1), nn.MSELoss(), opt_func=f)
     learn.create_opt()
     assert [type(c).__name__ for c in learn.cbs].count('MaxLR')==1

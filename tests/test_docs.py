@@ -98,7 +98,7 @@ def test_page(site, src):
     prose = re.sub(r'<pre.*?</pre>|<code.*?</code>|<annotation.*?</annotation>', '', (out/p.out).read_text(encoding='utf-8'), flags=re.S)
     for left in (':::', '#|', '$$', '```', 'Traceback (most recent call last)'): assert left not in prose, f'{src}: {left!r} is left in the text'
 
-@pytest.mark.parametrize('src', [s for s in sources if s.startswith(('engine/','algorithms/','training/','tools/'))])
+@pytest.mark.parametrize('src', [s for s in sources if s.startswith(('engine/','optimizer/','definition/','algorithms/','training/','tools/'))])
 def test_page_documents_its_names(site, src):
     "Every exported function and class has its place on the page, with a docstring"
     nb = json.loads((root/'nbs'/src).read_text(encoding='utf-8'))

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np,pytest,torch
 from fastai.optimizer import Optimizer,average_grad,momentum_step,sgd_step,step_stat,weight_decay
 from torch import nn
-from fastxtend_opt.engine import optimizer as engines
+import fastxtend_opt.all as engines
 from fastxtend_opt.engine.cohort import check_tensors
 from fastxtend_opt.engine.kinds import UnsupportedError
 from fastxtend_opt.definition.registry import get_optimizer, list_optimizers

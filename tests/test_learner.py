@@ -286,7 +286,7 @@ def test_every_optimizer_appears(opt): assert any(o[1]==opt for o in SCENARIOS.v
 
 @pytest.mark.parametrize('mode', MODES)
 def test_modes_are_in_use(mode):
-    from fastxtend_opt.engine import optimizer as eo
+    import fastxtend_opt.all as eo
     cls = dict(foreach=eo.ForEachOptimizer, jit=eo.JitOptimizer, fused=eo.FusedOptimizer, triton=eo.FusedOptimizer)[mode]
     for name in ('adam','ranger'):
         learn = learner(name, mode)

@@ -678,7 +678,7 @@ REDUCES = ('norms','reductions','two_phases','scalar_tensor_state','scalar_tenso
 
 def engine(mode):
     if mode=='native': return Optimizer
-    from fastxtend_opt.engine import optimizer as o
+    import fastxtend_opt.all as o
     return WithBackend(dict(foreach=o.ForEachOptimizer, jit=o.JitOptimizer, fused=o.FusedOptimizer, triton=o.FusedOptimizer)[mode], mode)
 
 def run_user(user, mode, dtype, scen=plain, n=8, shapes=tuple(s for s in SHAPES if 0 not in s)):

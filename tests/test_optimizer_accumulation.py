@@ -146,7 +146,7 @@ def test_one_group_without_momentum():
     with pytest.raises(UnsupportedError): SGD([dict(params=[a], mom=.9), dict(params=[b], mom=0.)], lr=.1).optimizer_accumulation = True
 
 def test_the_check_is_made_once(monkeypatch):
-    from fastxtend_opt.engine import optimizer as eo
+    from fastxtend_opt.optimizer import base as eo
     n,probe = [],eo._probe
     monkeypatch.setattr(eo, '_probe', lambda *args: (n.append(1), probe(*args))[1])
     opt = Adam([[nn.Parameter(torch.ones(2))] for _ in range(40)], lr=list(torch.linspace(.1, .2, 40).tolist()), fused=True)

@@ -11,7 +11,7 @@ import oracles
 from helpers import CORE
 
 from fastxtend_opt.algorithms.lookahead import Lookahead
-from fastxtend_opt.engine import registry
+from fastxtend_opt.definition import registry
 from fastxtend_opt.optimizer.fused import FusedOptimizer
 from fastxtend_opt.optimizer.native import NativeOptimizer
 from fastxtend_opt.optimizer.traced import ForEachOptimizer, JitOptimizer, TapeOptimizer
@@ -215,7 +215,8 @@ def cases():
 
 @pytest.mark.parametrize('row,name,value', list(cases()))
 def test_bad_hyperparameter(row, name, value, monkeypatch):
-    monkeypatch.setitem(registry._classes, 'native', lambda *a,**k: pytest.fail('built an optimizer before it checked'))
+    from fastxtend_opt.definition import make
+    monkeypatch.setitem(make._classes, 'native', lambda *a,**k: pytest.fail('built an optimizer before it checked'))
     t,msg = outcome(lambda: row.func(params(), **{'lr':.1, name:value}))
     assert t is ValueError
     assert f'{name}={value!r}' in msg and str(row.ranges[name]) in msg and row.ranges[name].tip in msg # name, value, range, what to do

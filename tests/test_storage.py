@@ -2,9 +2,9 @@
 from functools import partial
 
 import numpy as np,pytest,torch
-from fastai.optimizer import weight_decay,l2_reg,average_grad,average_sqr_grad,momentum_step,sgd_step,step_stat,adam_step
+from fastai.optimizer import Optimizer,weight_decay,l2_reg,average_grad,average_sqr_grad,momentum_step,sgd_step,step_stat,adam_step
 from torch import nn
-from fastxtend_opt.engine import optimizer as eo
+import fastxtend_opt.all as eo
 from fastxtend_opt.engine.ops import sround_bfloat16
 from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from helpers import *
@@ -91,7 +91,7 @@ def test_float32_and_float64_parameters_are_as_ever(mode):
     assert ['kahan_comp' in opt.state[p] for p in ps]==[False, True, False]
     assert [opt.state[p]['grad_avg'].dtype for p in ps]==dts and 'sr_step' not in opt.state[ps[0]]
     twin = [nn.Parameter(torch.linspace(1, 2, 7).to(d)) for d in dts[::2]]
-    plain = eo.Optimizer(twin, ADAM, lr=.01, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
+    plain = Optimizer(twin, ADAM, lr=.01, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
     for p in twin: p.grad = torch.ones_like(p)
     plain.step()
     for p,q in zip(ps[::2], twin): assert_same(p.detach(), q.detach(), **TOL[p.dtype])
@@ -216,10 +216,10 @@ def test_reproducible_and_resumed_bit_exactly(mode):
 
 @pytest.mark.parametrize('mode', ['fused','triton'])
 def test_threads_and_chunks_change_no_bit(mode, threads, monkeypatch):
-    from fastxtend_opt.engine import fused
+    from fastxtend_opt.engine import launch,triton_launch
     def run(n, size):
         threads(n)
-        monkeypatch.setattr(fused, 'CHUNK_SIZE', size); monkeypatch.setattr(fused, 'GPU_CHUNK', size)
+        monkeypatch.setattr(launch, 'CHUNK_SIZE', size); monkeypatch.setattr(triton_launch, 'GPU_CHUNK', size)
         return life(mode, ADAM, eo.Storage(stochastic_rounding=True), torch.bfloat16, lr=1e-2, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
     assert_bitwise(run(1, 1<<14), run(2, 1<<12))
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np,pytest,torch
 from fastai.optimizer import Optimizer,sgd_step,weight_decay
 from torch import nn
-from fastxtend_opt.engine import fused,optimizer as eo,triton as et
+import fastxtend_opt.all as eo
+from fastxtend_opt.engine import triton as et,triton_launch
 from fastxtend_opt.engine.cohort import make_cohorts
 from fastxtend_opt.engine.addresses import AddressTable
 from fastxtend_opt.engine.launch import chunk_rows
@@ -127,8 +128,8 @@ def test_chunks_cover_each_element_once(size):
 
 def test_tables_are_sent_only_when_they_change(monkeypatch):
     sent = []
-    real = fused._send
-    monkeypatch.setattr(fused, '_send', lambda a,d: (sent.append(a.dtype), real(a, d))[1])
+    real = triton_launch._send
+    monkeypatch.setattr(triton_launch, '_send', lambda a,d: (sent.append(a.dtype), real(a, d))[1])
     params = two()
     opt = make('sgd', params)
     GradStream().set(params, 0)
