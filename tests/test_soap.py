@@ -204,7 +204,7 @@ def test_a_decomposition_that_does_not_converge(monkeypatch):
     old,where = opt.state[p]['inv_precond_0'].clone(),p.detach().clone()
     def _fails(x): raise torch.linalg.LinAlgError('no convergence')
     monkeypatch.setattr(torch.linalg, 'eigh', _fails)
-    with pytest.warns(UserWarning, match='The one before it is kept'): opt.step()
+    with pytest.warns(UserWarning, match='Its previous result is kept'): opt.step()
     assert_bitwise(opt.state[p]['inv_precond_0'], old)
     assert p.isfinite().all() and not torch.equal(p.detach(), where)
     H.warn_once.cache_clear()

@@ -16,6 +16,7 @@ from fastxtend_opt.engine.launch import chunk_rows
 from fastxtend_opt.engine.kinds import UnsupportedError
 from fastxtend_opt.engine.trace import trace_steppers
 from fastxtend_opt.engine.triton_launch import TritonLaunch
+from fastxtend_opt.optimizer import fused as optimizer_fused
 from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.engine.ops import OPS
 from helpers import *
@@ -47,7 +48,7 @@ def test_backends_that_do_not_fit(monkeypatch):
     with pytest.raises(UnsupportedError, match='cuda.*C[+][+] kernels.*foreach=True'): eo.fused_backend(cuda, 'cpp')
     with pytest.raises(UnsupportedError, match='TRITON_INTERPRET=1 is set.*on cuda.*foreach=True'): eo.fused_backend(cuda)
     with pytest.raises(UnsupportedError, match='mps.*foreach=True'): eo.fused_backend(torch.device('mps'))
-    monkeypatch.setattr(eo, 'triton_interpreted', lambda: False)
+    monkeypatch.setattr(optimizer_fused, 'triton_interpreted', lambda: False)
     assert eo.fused_backend(cuda)=='triton' and eo.fused_backend(torch.device('xpu'))=='triton'
     with pytest.raises(UnsupportedError, match='needs TRITON_INTERPRET=1'): eo.fused_backend(cpu, 'triton')
 

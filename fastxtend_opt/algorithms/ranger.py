@@ -21,13 +21,13 @@ def Ranger(
     sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1)
     eps:float=1e-6, # Added to the root, so that no division is by 0 (ε)
     wd:float=.01, # Weight decay (λ)
-    k:int=6, # Number of steps from one sync to the next, >= 1; the Lookahead paper has 5
-    alpha:float=.5, # How far the slow weights go towards the fast ones (α), in (0, 1]
-    beta:float=0., # Sharpness of SAdam's softplus (β); 0 is RAdam without it
+    k:int=6, # Number of steps between two syncs, >= 1; the Lookahead paper uses 5
+    alpha:float=.5, # Fraction of the way that the slow weights move toward the fast ones (α), in (0, 1]
+    beta:float=0., # Sharpness of SAdam's softplus (β); 0 gives plain RAdam
     decouple_wd:bool=True, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Lookahead:
-    "Ranger: `Lookahead` round `RAdam`"
+    "Ranger: `RAdam` inside `Lookahead`"
     k,alpha = valid_hyper('k', k),valid_hyper('alpha', alpha)
     opt = RAdam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd, **kwargs)
     return Lookahead(opt, k=k, alpha=alpha)

@@ -18,14 +18,14 @@ from .sgd import decay_stepper
 def RMSProp(
     params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
     lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
-    mom:float=0., # Share of the sum of past gradients that a step keeps (μ), in [0, 1); 0 keeps no state
-    sqr_mom:float=.99, # Moving average coefficient of the squared gradient (α), in [0, 1); the lecture has .9
-    eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
+    mom:float=0., # Momentum coefficient: fraction of the gradient sum kept in each step (μ), in [0, 1); 0 keeps no state
+    sqr_mom:float=.99, # Moving average coefficient of the squared gradient (α), in [0, 1); the lecture uses 0.9
+    eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Decay the weights themselves (RMSPropW), or add `wd*p` to the gradient (L2)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
-    "RMSProp, with or without momentum"
+    "RMSProp, optionally with momentum"
     groups = as_groups(params)
     averages = [average_grad, average_sqr_grad] if in_use('mom', mom, groups) else [average_sqr_grad]
     cbs = [decay_stepper(decouple_wd), *averages, rms_prop_step]
@@ -35,6 +35,6 @@ def RMSProp(
 register(RMSProp, title='RMSProp', category='current', kind='elementwise', state=('grad_avg','sqr_avg'), oracle='fastai.optimizer.RMSProp',
     also=('torch.optim.RMSprop',), paper='Lecture 6.5: rmsprop, Neural Networks for Machine Learning', year=2012,
     authors='Tieleman and Hinton',
-    settings=(('a start', '`lr=1e-3, sqr_mom=.9`', 'the lecture'),
-              ('what torch.optim.RMSprop does by default', '`lr=1e-2, sqr_mom=.99, eps=1e-8`', 'torch')))
+    settings=(('starting point', '`lr=1e-3, sqr_mom=.9`', 'the lecture'),
+              ('defaults of `torch.optim.RMSprop`', '`lr=1e-2, sqr_mom=.99, eps=1e-8`', 'torch')))
 rmsprop = factory(RMSProp)

@@ -18,7 +18,8 @@ def _with_learner_cbs(create_opt):
     def _inner(self, *args, **kwargs):
         thaw_params(self.model.parameters()) # what rules of an optimizer before this one froze: the splitter leaves it out
         with naming(self.model): res = create_opt(self, *args, **kwargs)
-        for c in (*getattr(self.opt, 'learner_cbs', ()), *([MaxLR] if getattr(self.opt, 'decouple_lr', False) else [])): # by name too: a class is another one after its module was reloaded
+        peak = (MaxLR,) if getattr(self.opt, 'decouple_lr', False) else ()
+        for c in (*peak, *getattr(self.opt, 'learner_cbs', ())): # by name too: after a reload, a module's class is a different object
             if not any(isinstance(o, c) or type(o).__name__==c.__name__ for o in self.cbs): self.add_cb(c())
         return res
     return _inner
