@@ -105,7 +105,6 @@ def checks(dev):
     import torch
     from torch import nn
     from fastai.optimizer import Optimizer
-    from fastxtend_opt.engine import triton_launch as fused
     from fastxtend_opt.optimizer.fused import FusedOptimizer
     from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
     from fastxtend_opt.engine.kinds import UnsupportedError
@@ -404,14 +403,14 @@ def part_models(a, dev, out, left):
         out['save']()
 
 def part_sweep(a, dev, out, left):
-    "Other blocks and warps than the package's, in turns: what `engine.fused` should hold"
+    "Other blocks and warps than the package's, in turns: what `engine.triton_launch` should hold"
     import torch
-    from fastxtend_opt.engine import triton_launch as fused
+    from fastxtend_opt.engine import triton_launch
     from fastxtend_opt.tools.benchmark import ParamSet, contestants
     names = 'GPU_BLOCK','GPU_WARPS','GPU_CHUNK','GPU_PROGRAMS'
-    default = tuple(getattr(fused, n) for n in names)
+    default = tuple(getattr(triton_launch, n) for n in names)
     def use(s):
-        for n,v in zip(names, s): setattr(fused, n, v)
+        for n,v in zip(names, s): setattr(triton_launch, n, v)
     sizes = [(512,4,2**14,2**13), (1024,8,2**14,2**13), (2048,4,2**14,2**13), (2048,8,2**14,2**13), (1024,4,2**14,2**11), (1024,4,2**14,2**15), (1024,4,2**16,2**13), (1024,2,2**14,2**13)] if not a.interpret else [(256,4,1024,1)]
     out['sweep'] = []
     for model,optimizer,dtype in (('xresnet50','adam',torch.float32), ('matrices','adam',torch.float32), ('matrices','adam',torch.bfloat16), ('xresnet50','lamb',torch.float32)):

@@ -84,6 +84,7 @@ def pytest_configure(config):
 
 # Kernels are compiled with -O1, in half the time, but for those of `CORE` and in these modules: the pages of all algorithms hold them against native as users have them, with -O3
 FULL,FAST = build.CPP_FLAGS,build.CPP_FLAGS if os.environ.get('FASTXTEND_OPT_TEST_O3') else tuple('-O1' if o=='-O3' else o for o in build.CPP_FLAGS)
+# (`test_package` compiles nothing: it compares the flags in `all` with those in `build`, which must be the package's own)
 OPTIMIZED = {'test_engine','test_ops','test_package','test_kernel_cache','test_benchmark','test_learner','test_state_machine','test_triton'}
 
 @pytest.fixture(autouse=True)

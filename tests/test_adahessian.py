@@ -185,7 +185,10 @@ def test_round_it_lookahead_and_options():
     for opt in (Lookahead(AdaHessian(m.parameters(), .05, fused=True), k=2), AdaHessian(m.parameters(), .05, cautious=True), AdaHessian(m.parameters(), .05, decouple_lr=True, wd=1e-5)):
         for _ in range(4): backward(m, x, y); estimate_hessian(opt); opt.step()
     opt = AdaHessian(m.parameters(), .05, decouple_lr=True, wd=1e-5)
-    assert opt.decouple_lr and [c.__name__ for c in opt.learner_cbs]==['AdaHessianPass'] # a Learner adds MaxLR, for `decouple_lr`, before these
+    assert opt.decouple_lr and [c.__name__ for c in opt.learner_cbs]==['AdaHessianPass']
+    learn = dropout_learner(partial(AdaHessian, decouple_lr=True, wd=1e-5))
+    learn.create_opt()
+    assert [type(c).__name__ for c in learn.cbs][-2:]==['MaxLR','AdaHessianPass']
 
 def test_gradient_release_with_estimates_made_before():
     "Nothing is refused where the loop makes its estimates by itself"

@@ -32,12 +32,12 @@ hyper_ranges.update(nu=Within(tip='0 is SGD, 1 is momentum, 0.7 is the default.'
 # %% ../../nbs/algorithms/qhm.ipynb #6fd0a8b2
 @options
 def QHM(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
     lr:float|slice, # Learning rate (α), 1 where SGD with momentum 0.9 uses 0.1: a number, or a slice or list with one value per group
     mom:float=.999, # Moving average coefficient of the gradient (β), in [0, 1)
-    nu:float=.7, # Weight of the average relative to the gradient (ν), in [0, 1]
+    nu:float=.7, # Weight of the average relative to the gradient (ν); 0 is SGD, 1 is SGD with momentum
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "SGD with quasi-hyperbolic momentum"

@@ -16,14 +16,14 @@ from .sgd import decay_stepper
 # %% ../../nbs/algorithms/radam.ipynb #bf20ebaa
 @options
 def RAdam(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (α): a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1)
     sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1); the paper and torch use 0.999
     eps:float=1e-5, # Added to the square root to avoid division by 0 (ε); the paper and torch use 1e-8
     wd:float=0., # Weight decay (λ)
     beta:float=0., # Sharpness of SAdam's softplus (β); 0 gives plain RAdam
-    decouple_wd:bool=True, # Decay the weights themselves (RAdamW), or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`, RAdamW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "RAdam, or SAdam if `beta` is not 0"

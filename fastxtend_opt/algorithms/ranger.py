@@ -15,16 +15,16 @@ from .lookahead import Lookahead
 # %% ../../nbs/algorithms/ranger.ipynb #6a675bcd
 @options
 def Ranger(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate: a number, or a slice or list with one value per group
     mom:float=.95, # Moving average coefficient of the gradient (β1), in [0, 1)
     sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1)
-    eps:float=1e-6, # Added to the root, so that no division is by 0 (ε)
+    eps:float=1e-6, # Added to the square root to avoid division by 0 (ε)
     wd:float=.01, # Weight decay (λ)
     k:int=6, # Number of steps between two syncs, >= 1; the Lookahead paper uses 5
     alpha:float=.5, # Fraction of the way that the slow weights move toward the fast ones (α), in (0, 1]
     beta:float=0., # Sharpness of SAdam's softplus (β); 0 gives plain RAdam
-    decouple_wd:bool=True, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Lookahead:
     "Ranger: `RAdam` inside `Lookahead`"

@@ -16,13 +16,13 @@ from .sgd import decay_stepper
 # %% ../../nbs/algorithms/rmsprop.ipynb #28bc1ffd
 @options
 def RMSProp(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η): a number, or a slice or list with one value per group
     mom:float=0., # Momentum coefficient: fraction of the gradient sum kept in each step (μ), in [0, 1); 0 keeps no state
     sqr_mom:float=.99, # Moving average coefficient of the squared gradient (α), in [0, 1); the lecture uses 0.9
     eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=True, # Decay the weights themselves (RMSPropW), or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`, RMSPropW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "RMSProp, optionally with momentum"

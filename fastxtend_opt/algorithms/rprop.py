@@ -16,7 +16,7 @@ from ..definition.registry import register
 # %% ../../nbs/algorithms/rprop.ipynb #16dc33bd
 def rprop_sizes(
     p, # The parameter
-    lr:float, # Initial step size (Δ0), > 0
+    lr:float, # Initial step size (Δ0), >= 0
     eta_minus:float, # Factor where the gradient changed sign (η-)
     eta_plus:float, # Factor where the gradient kept its sign (η+)
     step_min:float, # Smallest step size (Δmin), >= 0
@@ -53,8 +53,8 @@ hyper_ranges.update(
 # %% ../../nbs/algorithms/rprop.ipynb #04e31670
 @options
 def Rprop(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Size of the first step (Δ0), 0.01 in torch: a number, or a slice or list with one value per group; only decay follows it later
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Size of the first step (Δ0), >= 0: a number, or a slice or list with one value per group; later only decay follows it
     eta_minus:float=.5, # Factor for the step size where the gradient changed sign (η-), in (0, 1)
     eta_plus:float=1.2, # Factor for the step size where the gradient kept its sign (η+), > 1
     step_min:float=1e-6, # Smallest step size (Δmin), >= 0

@@ -22,11 +22,11 @@ def decay_stepper(
 # %% ../../nbs/algorithms/sgd.ipynb #86de46ed
 @options
 def SGD(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η): a number, or a slice or list with one value per group
     mom:float=0., # Momentum coefficient: fraction of the gradient sum kept in each step (μ), in [0, 1); 0 keeps no state
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=True, # Decay the weights themselves (SGDW), or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`, SGDW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "SGD, optionally with momentum"

@@ -97,7 +97,8 @@ def decompose(
     except torch.linalg.LinAlgError: new = torch.cat([decompose(f, a, b, n)[0] for a,b in zip(x.split(1), old.split(1))]) if len(x) > 1 else torch.full_like(old, math.nan)
     ok = new.sum((-2,-1)).isfinite()
     if ok.all(): return new,ok
-    warn_once("The decomposition of a matrix failed (is there a NaN or inf among the gradients?). Its previous result is kept. This warning is shown once.")
+    warn_once("The decomposition of a matrix failed (is there a NaN or inf among the gradients?). "
+              "Its previous result is kept. This warning is shown once.")
     return torch.where(ok[:,None,None], new, old),ok
 
 # %% ../../nbs/algorithms/shampoo.ipynb #db06e71f
@@ -251,21 +252,22 @@ def leave_out(
 
 # %% ../../nbs/algorithms/shampoo.ipynb #3b0a3ce6
 hyper_ranges.update(
-    precondition_frequency=Within(1, whole=True, tip='It is the number of steps between two decompositions: 1 decomposes in every step, 10 is usual for SOAP.'),
+    precondition_frequency=Within(1, whole=True,
+        tip='It is the number of steps between two decompositions: 1 decomposes in every step, 10 is usual for SOAP.'),
     max_precond_dim=Within(0, whole=True, tip='It is the length of the longest axis that has a matrix; 0 means that no axis has one.'))
 
 # %% ../../nbs/algorithms/shampoo.ipynb #5668eb24
 @options
 def Shampoo(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η): a number, or a slice or list with one value per group
     mom:float=0., # Momentum coefficient: fraction of the update sum kept in each step (μ), in [0, 1); 0 keeps no sum
     eps:float=1e-4, # The matrices start as this times the identity (ϵ)
     precondition_frequency:int=1, # Number of steps between two computations of the roots, >= 1
     max_precond_dim:int=4096, # Longest axis that has a matrix, >= 0; longer axes keep only the diagonal
-    aux=None, # Parameters with diagonals for all axes: `'*emb*|*head*'`, a module class, a function of a `ParamInfo`, or a tuple of these; `None`: none
+    aux=None, # Parameters with diagonals only: `'*emb*|*head*'`, a module class, a function of a `ParamInfo`, or a tuple; `None`: none
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Shampoo"

@@ -34,7 +34,8 @@ def eigenbasis(
 def _householder(x): return torch.linalg.householder_product(*torch.geqrf(x.mT)).mT
 def _cholesky(x):
     L,info = torch.linalg.cholesky_ex(add_products(torch.zeros_like(x), x))
-    return torch.linalg.solve_triangular(L, x, upper=False),torch.where(info==0, L.diagonal(dim1=-2, dim2=-1).amin(-1), 0) # distance of a unit row from the span of the earlier rows
+    far = torch.where(info==0, L.diagonal(dim1=-2, dim2=-1).amin(-1), 0) # distance of a unit row from the span of the earlier rows
+    return torch.linalg.solve_triangular(L, x, upper=False),far
 
 def orthonormal(
     x # A stack of matrices
@@ -180,12 +181,13 @@ def soap_matrices(
     return new
 
 # %% ../../nbs/algorithms/soap.ipynb #8437617e
-hyper_ranges.update(shampoo_beta=Within(-1, 1, open_hi=True, tip='It is the fraction of the old matrices that a step keeps; -1 means `sqr_mom`.'))
+hyper_ranges.update(shampoo_beta=Within(-1, 1, open_hi=True,
+    tip='It is the fraction of the old matrices that a step keeps; -1 means `sqr_mom`.'))
 
 # %% ../../nbs/algorithms/soap.ipynb #347f749f
 @options
 def SOAP(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
     lr:float|slice, # Learning rate (η), 3e-3 in the authors' code: a number, or a slice or list with one value per group
     mom:float=.95, # Gradient moving average coefficient (β1), in [0, 1)
     sqr_mom:float=.95, # Squared gradient moving average coefficient (β2), in [0, 1)
@@ -195,7 +197,7 @@ def SOAP(
     max_precond_dim:int=10000, # Longest axis that has a basis, >= 0
     merge_dims:bool=False, # Merge small neighboring axes of a tensor?
     precondition_1d:bool=False, # Use a basis for vectors too?
-    aux=None, # Matrices that use Adam: `'*emb*|*head*'`, a module class, a function of a `ParamInfo`, or a tuple; `None`: embeddings and head; `()`: none
+    aux=None, # Matrices that use Adam: `'*emb*'`, a module class, a function of a `ParamInfo`, a tuple; `None`: embeddings, head; `()`: none
     wd:float=.01, # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
