@@ -197,7 +197,7 @@ def SOAP(
     max_precond_dim:int=10000, # Longest axis that has a basis, >= 0
     merge_dims:bool=False, # Merge small neighboring axes of a tensor?
     precondition_1d:bool=False, # Use a basis for vectors too?
-    aux=None, # Matrices stepped by Adam: `'*emb*'`, a module class, a function of a `ParamInfo`, tuple; `None`: embeddings, head; `()`: none
+    aux=None, # Matrices for Adam: `'*emb*'`, a module class, a function of a `ParamInfo`, a tuple; `None`: embeddings, head; `()`: none
     wd:float=.01, # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
