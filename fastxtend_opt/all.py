@@ -7,6 +7,7 @@ from .engine.tape_tensor import *
 from .engine.tape import *
 from .engine.transforms import *
 from .engine.trace import *
+from .engine.effects import *
 from .engine.opaque import *
 from .engine.cohort import *
 from .engine.foreach import *

@@ -143,7 +143,7 @@ def inverse_root(
     return decompose(_f, mat.reshape(-1, n, n), old, n)[0].reshape(mat.shape)
 
 # %% ../../nbs/algorithms/shampoo.ipynb #fdc52625
-@opaque(stack=CPU_STACK)
+@opaque(stack=CPU_STACK, linear=True)
 def along_axes(
     x, # A tensor, or a stack of them
     sizes:tuple, # `axis_sizes` of some axes

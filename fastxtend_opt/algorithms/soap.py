@@ -51,7 +51,7 @@ def orthonormal(
     return q if ok.all() else torch.where(ok[:,None,None], q, _householder(x))
 
 # %% ../../nbs/algorithms/soap.ipynb #78b45d69
-@opaque(results=lambda grad_avg, sqr_avg, sizes, *mats: (grad_avg, sqr_avg, *mats[len(sizes):]), stack=CPU_STACK)
+@opaque(results=lambda grad_avg, sqr_avg, sizes, *mats: (grad_avg, sqr_avg, *mats[len(sizes):]), stack=CPU_STACK, linear=True)
 def turn_bases(
     grad_avg, # Average of the gradients in the old bases, or a stack of them
     sqr_avg, # Average of their squares

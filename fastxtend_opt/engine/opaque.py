@@ -33,10 +33,11 @@ class Opaque:
         results=None, # What it returns, as a function of the same arguments; `None`: one tensor like the first it is given
         ndim:int|None=None, # Tensors with more axes than this are given with the last of them flattened
         stack:int|None=None, # Elements of parameters that a CPU stacks at most
-        inplace:bool=False # May it change the arguments that it returns?
+        inplace:bool=False, # May it change the arguments that it returns?
+        linear:bool=False # Is its first result linear in its first tensor?
     ):
         update_wrapper(self, f)
-        self.f,self.results,self.ndim,self.stack,self.inplace,self._specs = f,results,ndim,stack,inplace,{}
+        self.f,self.results,self.ndim,self.stack,self.inplace,self.linear,self._specs = f,results,ndim,stack,inplace,linear,{}
 
     def view(self, shape):
         "`shape` as the function sees it"
@@ -136,11 +137,12 @@ def opaque(
     results=None, # What it returns: a function of the same arguments that returns tensors of that shape and dtype (run on the meta device, without axes before), or the argument itself; `None`: like the first tensor
     ndim:int|None=None, # Tensors with more axes are given with the last of them flattened to `ndim` axes: 2 for convolution kernels as matrices (d0, -1)
     stack:int|None=None, # On a CPU, stack parameters of no more elements than this in all, or give each by itself; `None`: all that are alike. To stack large ones is a copy that gains nothing there
-    inplace:bool=False # May it write into those arguments that `results` returns, and return them? Nothing else may read the old value then: for state that is large
+    inplace:bool=False, # May it write into those arguments that `results` returns, and return them? Nothing else may read the old value then: for state that is large
+    linear:bool=False # Is its first result linear in its first tensor? Zeros then give zeros, which tells `averages_gradient` that a gradient of 0 moves nothing
 )->Opaque: # Called as `f` is, by a stepper in each mode but jit
     "Let steppers call `f`, on tensors of native mode and on a tape"
-    if f is None: return lambda g: Opaque(g, results, ndim, stack, inplace)
-    return Opaque(f, results, ndim, stack, inplace)
+    if f is None: return lambda g: Opaque(g, results, ndim, stack, inplace, linear)
+    return Opaque(f, results, ndim, stack, inplace, linear)
 
 # %% ../../nbs/engine/opaque.ipynb #596a5222
 class TapePart:
