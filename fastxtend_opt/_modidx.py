@@ -1849,6 +1849,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastxtend_opt/tools/catalogue.py'),
                                                'fastxtend_opt.tools.catalogue._html': ( 'tools/catalogue.html#_html',
                                                                                         'fastxtend_opt/tools/catalogue.py'),
+                                               'fastxtend_opt.tools.catalogue._page': ( 'tools/catalogue.html#_page',
+                                                                                        'fastxtend_opt/tools/catalogue.py'),
                                                'fastxtend_opt.tools.catalogue._paper': ( 'tools/catalogue.html#_paper',
                                                                                          'fastxtend_opt/tools/catalogue.py'),
                                                'fastxtend_opt.tools.catalogue._settings': ( 'tools/catalogue.html#_settings',
