@@ -34,10 +34,10 @@ def _bench_parser(sub):
     one.add_argument('--goals', action='store_true', help="measure the project's goals: the eight algorithms on XResNet50 and the "
                      "2,000-layer MLP, first step, memory, Python's cost")
     one.add_argument('--tables', action='store_true', help="two tables as on fastxtend's page: adam, every stored model, both layouts")
-    one.add_argument('--catalogue', action='store_true', 
+    one.add_argument('--catalogue', action='store_true',
                      help='every registered optimizer on one model, compared with its own memory limit and all peers; saved after each, '
                           'so that an interrupted run continues; --optimizers measures only these again')
-    one.add_argument('--matrices', action='store_true', 
+    one.add_argument('--matrices', action='store_true',
                      help='optimizers that do matrix algebra, and Prodigy, compared with the libraries that have them; '
                      'takes --optimizers, --rounds, --warmup, --threads and --out')
     p.set_defaults(run=_bench)
