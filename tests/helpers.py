@@ -36,6 +36,16 @@ INTERPRETED = ('adam','larc') # of these, the ones that Triton's interpreter, wh
 AXES = ('adafactor','came','adamp','sgdp','adam_mini') # with reductions along axes, which only C++ kernels have, and only for contiguous parameters; elsewhere a fused step of theirs is one of foreach
 
 # ---------------------------------------------------------------- choosing
+SLOW = True # Are slow tests asked for? `conftest.py` says so before the tests are collected: thousands of slow cells take seconds to make
+
+def slow(*values, when=True, id=None):
+    "A case of `parametrize`, marked slow `when` it is not in the default run"
+    return pytest.param(*values, id=id, marks=pytest.mark.slow if when else ())
+
+def interpreted_slow(modes):
+    "`modes` as a parameter, of which the one that needs Triton's interpreter is slow"
+    return pytest.mark.parametrize('mode', [slow(m, when=m=='triton') for m in modes])
+
 def pairwise(rows, group, dear=lambda row: None):
     """Rows that together have every pair of values of two columns which `rows` have, the same ones each time. Each group of `rows` (those of one
     `group(row)`) gives one: that with most new pairs, and of these the one whose pairs were used least. More rows complete the pairs.
