@@ -27,10 +27,10 @@ def scenario(opt, **kwargs):
         return f
     return _inner
 
+SHORT = dict(n_train=192) # six batches an epoch
 def play(name, mode, path):
     f,opt,kwargs = SCENARIOS[name]
-    kwargs = {**kwargs, 'dls_kw':dict(n_train=192, **kwargs.get('dls_kw', {})) if 'n_train' not in kwargs.get('dls_kw', {}) else kwargs['dls_kw']}
-    learn = learner(opt, mode, path, **kwargs) # six batches an epoch
+    learn = learner(opt, mode, path, **{**kwargs, 'dls_kw':{**SHORT, **kwargs.get('dls_kw', {})}})
     extra = f(learn, path)
     return dict(losses=losses(learn), extra=extra)
 
@@ -381,7 +381,7 @@ def test_export_and_load_learner(mode, name, tmp_path):
 def test_fit_in_a_thread(native, mode, threads):
     "Two Learners train at once in two threads, undisturbed by each other, each with two threads of its own in a step"
     if mode=='fused': threads(2)
-    jobs = [learner('adam', mode),learner('ranger', mode)]
+    jobs = [learner('adam', mode, dls_kw=SHORT),learner('ranger', mode, dls_kw=SHORT)]
     errors = []
     def run(learn, fit):
         try: fit(learn, None)
