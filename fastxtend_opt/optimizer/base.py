@@ -129,6 +129,9 @@ class StepOptimizer(_FixedState):
     "A fastai `Optimizer` whose step takes further arguments of the steppers, may have several passes, and may only accumulate"
     _accumulation = False
     _trial = False # Is this the twin of an optimizer, for a trial on copies?
+    _plan_tried = frozenset() # What such trials have shown to work
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if not k.startswith('_plan')} # the rest is made again
+
     @torch.no_grad()
     def step(self,
         closure=None, # Not supported, as in fastai

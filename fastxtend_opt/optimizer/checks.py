@@ -31,7 +31,7 @@ def check_memory(
     "`ValueError` if `t` can't be read, or can't be written to"
     if not is_plain(t) or not t.numel() or t.device.type == 'meta': return
     shape = f"of shape {tuple(t.shape)}"
-    if not t.data_ptr():
+    if not t.untyped_storage().size(): # a view then still has an address: its offset
         raise ValueError(f"{what} {shape}: its memory was freed. Libraries that shard parameters do that between uses: "
                          "step the shards, or gather the parameter before the step. No parameter was changed.")
     if written and any(st == 0 and n > 1 for st,n in zip(t.stride(), t.shape)):
@@ -39,9 +39,14 @@ def check_memory(
                          "Use a `.clone()`. No parameter was changed.")
 
 # %% ../../nbs/optimizer/checks.ipynb #859bae3a
+def _copied(t):
+    "A copy of `t` with the same strides, on which fused mode's choice between kernels and foreach depends"
+    c = t.detach().clone()
+    return c if t.layout is not torch.strided or c.stride() == t.stride() else t.detach().new_empty_strided(t.shape, t.stride()).copy_(t.detach())
+
 def _copy_param(p):
-    q = p.detach().clone()
-    if p.grad is not None: q.grad = p.grad.detach().clone()
+    q = _copied(p)
+    if p.grad is not None: q.grad = _copied(p.grad)
     return q
 
 @contextmanager
@@ -55,7 +60,7 @@ def trial_of(
         lists.append(L())
         for p in (p for p in pg if id(p) in ids):
             lists[-1].append(q := _copy_param(p))
-            state[q] = {k:v.detach().clone() if isinstance(v, torch.Tensor) else v for k,v in opt.state[p].items()}
+            state[q] = {k:_copied(v) if isinstance(v, torch.Tensor) else v for k,v in opt.state[p].items()}
     twin.param_lists,twin.hypers,twin._trial = L(lists),L(dict(h) for h in opt.hypers),True
     twin.state = defaultdict(dict, state)
     try:

@@ -84,7 +84,6 @@ def _update(state, new): return {**state, **new} if isinstance(new, dict) else s
 class NativeOptimizer(StepOptimizer):
     "fastai's `Optimizer`, which keeps parameters and state of low precision as `storage` says"
     storage = Storage()
-    _tried = frozenset() # What trials on copies have shown to work
 
     def _step(self, extra):
         self._fix_state()
@@ -121,15 +120,15 @@ class NativeOptimizer(StepOptimizer):
             check_memory(p, 'parameter')
             check_memory(p.grad, 'gradient', written=False)
             if not is_plain(p, p.grad): odd[id(p), type(p), type(p.grad), p.grad.layout, tuple(state.get(p, ())), tuple(self.cbs), self._accumulation] = p
-        new = [p for key,p in odd.items() if key not in self._tried]
+        new = [p for key,p in odd.items() if key not in self._plan_tried]
         if self._trial or not new: return
         try:
-            with trial_of(self, new) as twin: try_step(twin)
+            with trial_of(self, new) as twin: try_step(twin); twin._after_step()
         except Exception as e:
             for p in new:
                 if not isinstance(e, UnsupportedError) and p.grad.layout is not torch.strided: check_tensors(p, p.grad) # says what to do
             raise
-        self._tried = self._tried | odd.keys()
+        self._plan_tried |= odd.keys()
 
     def _harmless(self, extra):
         "Parameter -> the steppers that leave it alone"

@@ -56,7 +56,7 @@ class _Plan:
         self.params,self.sizes = _flat(opt.param_lists)
         self.idle = [p for p in self.params if p.grad is None]
         self.cohorts = make_cohorts(opt, opt._by_shape, opt._sort)
-        self.unusual = {c:set() for c in self.cohorts if not self._check(c)} # Cohort -> tapes that a trial has shown to work
+        self.unusual = {c for c in self.cohorts if not self._check(c)}
         shared = shared_params(p for c in self.cohorts for p in c.params)
         self.one_by_one = {c for c in self.cohorts if shared and any(id(p) in shared for p in c.params)}
         self.state,self.version,self.by_shape = opt.state,opt.state.version,opt._by_shape

@@ -40,8 +40,6 @@ class _Traced(StepOptimizer):
     @state.setter
     def state(self, v): self._state = v if type(v) is OptimState else OptimState(v); self._by_shape = False
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if not k.startswith('_plan')}
-
     def _hypers(self):
         return [{k:v if type(v) is float and v-v == 0 else check_hyper(k, v) for k,v in h.items()} for h in self.hypers]
 
@@ -133,11 +131,15 @@ class TapeOptimizer(_CheckedLoad):
 
     def _try_step(self, work, extra, hypers):
         "Try new tapes of unusual cohorts on copies"
-        unusual = self._plan.unusual
-        todo = [(c, tape.key) for c,tape,_ in work if c in unusual and tape.key not in unusual[c]]
-        if self._trial or not todo: return
-        with trial_of(self, [p for c,_ in todo for p in c.params]) as twin: twin._step(extra, hypers)
-        for c,key in todo: unusual[c].add(key)
+        self._try([(c, tape.key) for c,tape,_ in work if c in self._plan.unusual], lambda twin: twin._step(extra, hypers))
+
+    def _try(self, work, step):
+        "Take a step with copies of those of the (cohort, key) pairs that are new"
+        new = {(key, *((id(p), type(p), type(p.grad)) for p in c.params)):c for c,key in work}
+        new = {k:c for k,c in new.items() if k not in self._plan_tried}
+        if self._trial or not new: return
+        with trial_of(self, [p for c in new.values() for p in c.params]) as twin: step(twin); twin._after_step()
+        self._plan_tried |= new.keys()
 
     def _prepare(self, work):
         "Compile what is about to run: the last chance to fail before something changes"
@@ -176,7 +178,7 @@ def _rehearse(self:TapeOptimizer, passes, extra):
     while True:
         cohorts,self._checked = self._cohorts(),True
         self._plan_numbers = [(c, c.numbers) for c in cohorts]
-        if self._plan.unusual: self._try_passes(extra)
+        if self._plan.unusual: self._try([(c, c.slots) for c in self._plan.unusual], lambda twin: twin._step_passes(extra)) # as `_try_step` does
         if self._plan.rehearsed: return
         try: works = self._trace_passes(cohorts, passes, extra); break
         except NeedsShape as e: self._by_shape,self._plan = e.by,None
@@ -184,14 +186,6 @@ def _rehearse(self:TapeOptimizer, passes, extra):
         for work in works: self._prepare(work)
     finally: self._checked = False # compiling takes its time
     self._plan.rehearsed = True
-
-@patch
-def _try_passes(self:TapeOptimizer, extra):
-    "Try all passes on copies of unusual cohorts, as `_try_step` does"
-    todo = [(c, c.slots) for c,tried in self._plan.unusual.items() if c.slots not in tried]
-    if self._trial or not todo: return
-    with trial_of(self, [p for c,_ in todo for p in c.params]) as twin: twin._step_passes(extra)
-    for c,slots in todo: self._plan.unusual[c].add(slots)
 
 @patch
 def _trace_passes(self:TapeOptimizer, cohorts, passes, extra):
