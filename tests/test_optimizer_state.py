@@ -382,7 +382,7 @@ def test_dtensors_step_or_change_nothing(name, mode, mesh):
     params = [nn.Parameter(sharded(mesh, 1., 4, 4)), nn.Parameter(sharded(mesh, 1., 4))]
     _,opt = build(name, mode, params)
     def held(): return [p.full_tensor().clone() for p in params],[{k:v for k,v in opt.state[p].items() if not isinstance(v, torch.Tensor)} for p in params],[set(opt.state[p]) for p in params]
-    for i in range(2):
+    for i in range(8): # some don't move in their first steps
         for p in params: p.grad = sharded(mesh, 1., *p.shape)
         before = held()
         try: opt.step()
