@@ -43,11 +43,11 @@ hyper_ranges.update(betas=Within(0, 1, open_hi=True, tip='Pass a tuple of moment
 # %% ../../nbs/algorithms/aggmo.ipynb #b9a281e9
 @options
 def AggMo(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (γ): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (γ): a number, or a slice or list with one value per group
     betas:tuple=(0.,.9,.99), # Momenta (β), each in [0, 1): shares of the sums of past gradients that a step keeps
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "AggMo, aggregated momentum"

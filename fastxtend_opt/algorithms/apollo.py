@@ -50,13 +50,13 @@ def apollo_step(
     eps:float, # Added to the norm of the last direction, `rebound='constant'`: a hundred times (ε)
     step:int, # Steps of this parameter so far (t)
     warmup:int=0, # Number of steps of the warm-up
-    grad_avg:torch.Tensor=None, # Average of the gradients (m); made at the first step, as the others
+    grad_avg:torch.Tensor=None, # Average of the gradients (m); created in the first step, as the others
     approx_hess:torch.Tensor=None, # Diagonal of the Hessian (B)
     update:torch.Tensor=None, # Direction of the last step (d)
     rebound:str='constant', # Kind of the least curvature
     init_lr:float|None=None, # Learning rate of the first step of the warm-up
     wd:float=0., # Weight decay
-    do_wd:bool=True, # Is this parameter decayed?
+    do_wd:bool=True, # Decay this parameter?
     decouple_wd:bool=True, # Is the decay done here, as a part of the direction?
     **kwargs
 )->dict: # State `grad_avg`, `approx_hess`, `update`
@@ -83,11 +83,11 @@ REBOUNDS = ('constant','belief')
 # %% ../../nbs/algorithms/apollo.ipynb #1809237d
 @options
 def Apollo(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate after the warm-up (η), .01 to 1: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate after the warm-up (η), 0.01 to 1: a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β), in [0, 1)
     eps:float=1e-4, # Added to the norm of the last direction (ε), 100 times with `rebound='constant'`
-    rebound:str='constant', # Least curvature (σ): 'constant', .01, or 'belief', the largest change of the gradient in the tensor
+    rebound:str='constant', # Least curvature (σ): 'constant', 0.01, or 'belief', the largest change of the gradient in the tensor
     warmup:int=500, # Number of steps in which the rate goes up to `lr`
     init_lr:float=None, # Rate of the first of them (η0); `None`: `lr/1000`
     wd:float=0., # Weight decay

@@ -19,9 +19,9 @@ def came_sqr_averages(
     p, # The parameter
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     eps1:float, # Added to the squares (ϵ1)
-    row:torch.Tensor=None, # Average of the rows' mean squares (R); made at the first step of a matrix
+    row:torch.Tensor=None, # Average of the rows' mean squares (R); created in the first step of a matrix
     col:torch.Tensor=None, # Average of the columns' mean squares (C)
-    sqr_avg:torch.Tensor=None, # Average of the squares (v) of a vector
+    sqr_avg:torch.Tensor=None, # Average of the squared gradients (v) of a vector
     **kwargs
 ):
     "Averages of the squared gradient, of rows and columns where there are any"
@@ -38,8 +38,8 @@ def came_average(
     clip_threshold:float, # Largest root mean square of the update (d)
     row:torch.Tensor=None, # Average of the rows' mean squares (R)
     col:torch.Tensor=None, # Average of the columns' mean squares (C)
-    sqr_avg:torch.Tensor=None, # Average of the squares (v)
-    grad_avg:torch.Tensor=None, # Average of the updates (m); made at the first step
+    sqr_avg:torch.Tensor=None, # Average of the squared gradients (v)
+    grad_avg:torch.Tensor=None, # Average of the updates (m); created in the first step
     res_row:torch.Tensor=None, # Average of the rows' mean squared residuals (R')
     res_col:torch.Tensor=None, # Average of the columns' mean squared residuals (C')
     **kwargs
@@ -66,8 +66,8 @@ def came_step(
 # %% ../../nbs/algorithms/came.ipynb #8ad3d8b4
 @options(eps2=Within(0, open_lo=True, tip='It is added to squared residuals of the update: 1e-16 is usual.'))
 def CAME(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η): a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the update (β1), in [0, 1); without momentum there is no residual, and steps of a matrix are endless
     sqr_mom:float=.999, # Moving average coefficient of the squared gradient (β2), in [0, 1)
     beta3:float=.9999, # Moving average coefficient of the squared residual (β3), in [0, 1)

@@ -30,13 +30,13 @@ def _switch(kwargs, name):
 @_always_cautious
 @options
 def CAdamW(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate: a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1)
-    sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1); the authors' code has .999
-    eps:float=1e-5, # Added to the root, so that no division is by 0 (ε); the authors' code has 1e-6
+    sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1); the authors' code uses 0.999
+    eps:float=1e-5, # Added to the square root to avoid division by 0 (ε); the authors' code uses 1e-6
     wd:float=.01, # Weight decay
-    decouple_wd:bool=True, # Decay the weights themselves (AdamW), or add `wd*p` to the gradient (Adam with L2)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`, AdamW) or L2 regularization (`False`, Adam)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "C-AdamW: `Adam` with `cautious=True`"
@@ -46,8 +46,8 @@ def CAdamW(
 @_always_cautious
 @options
 def CLion(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate, 3 to 10 times less than Adam's: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate, 3 to 10 times less than Adam's: a number, or a slice or list with one value per group
     beta1:float=.9, # Share of the average in the direction of a step (β1), in [0, 1)
     beta2:float=.99, # Moving average coefficient of the gradient (β2), in [0, 1)
     wd:float=.1, # Weight decay, decoupled, 3 to 10 times Adam's; the ports have 0

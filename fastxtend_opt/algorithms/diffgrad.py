@@ -21,11 +21,11 @@ def diffgrad_step(
     lr:float, # Learning rate (α)
     mom:float, # Moving average coefficient of the gradient (β1)
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
-    eps:float, # Added to the root (ε)
+    eps:float, # Added to the square root (ε)
     step:int, # Steps of this parameter so far (t)
     grad_avg:torch.Tensor, # Average of the gradients (m)
-    sqr_avg:torch.Tensor, # Average of the squares (v)
-    prev_grad:torch.Tensor=None, # Gradient of the step before; 0 at the first
+    sqr_avg:torch.Tensor, # Average of the squared gradients (v)
+    prev_grad:torch.Tensor=None, # Gradient of the previous step; 0 at the first
     **kwargs
 ):
     "Adam's step times the friction, a sigmoid of how much the gradient has changed"
@@ -40,13 +40,13 @@ def diffgrad_step(
 # %% ../../nbs/algorithms/diffgrad.ipynb #8ae77b30
 @options
 def DiffGrad(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (α): a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1)
     sqr_mom:float=.999, # Moving average coefficient of the squared gradient (β2), in [0, 1)
-    eps:float=1e-8, # Added to the root of the uncorrected average, so that no division is by 0 (ε)
+    eps:float=1e-8, # Added to the square root of the uncorrected average, so that no division is by 0 (ε)
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2, as the authors)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`, as in the authors' code)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "DiffGrad"

@@ -20,10 +20,10 @@ def grams_step(
     lr:float, # Learning rate (η)
     mom:float, # Moving average coefficient of the gradient (β1)
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
-    eps:float, # Added to the root (ε)
+    eps:float, # Added to the square root (ε)
     step:int, # Steps of this parameter so far (t)
     grad_avg:torch.Tensor, # Average of the gradients (m)
-    sqr_avg:torch.Tensor, # Average of the squares (v)
+    sqr_avg:torch.Tensor, # Average of the squared gradients (v)
     **kwargs
 ):
     "A step as long as Adam's, against the sign of the gradient"
@@ -33,13 +33,13 @@ def grams_step(
 # %% ../../nbs/algorithms/grams.ipynb #baba4b9e
 @options
 def Grams(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η): a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1)
     sqr_mom:float=.999, # Moving average coefficient of the squared gradient (β2), in [0, 1)
-    eps:float=1e-6, # Added to the root, so that no division is by 0 (ε)
+    eps:float=1e-6, # Added to the square root to avoid division by 0 (ε)
     wd:float=0., # Weight decay (γ)
-    decouple_wd:bool=True, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Grams"

@@ -23,7 +23,7 @@ def lamb_step(
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     grad_avg:torch.Tensor, # Average of the gradients (m)
     sqr_avg:torch.Tensor, # Average of the squared gradients (v)
-    eps:float, # Added to the root (ε)
+    eps:float, # Added to the square root (ε)
     **kwargs
 ):
     "A step of Adam, scaled by the ratio of the weights' size to the step's"
@@ -36,11 +36,11 @@ def lamb_step(
 # %% ../../nbs/algorithms/lamb.ipynb #0550244e
 @options
 def Lamb(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η): a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1)
-    sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1); the paper has .999
-    eps:float=1e-5, # Added to the root, so that no division is by 0 (ε); the paper has 1e-6
+    sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1); the paper uses 0.999
+    eps:float=1e-5, # Added to the square root to avoid division by 0 (ε); the paper uses 1e-6
     wd:float=.01, # Weight decay (λ); fastai's default is 0
     decouple_wd:bool=True, # Decay the weights themselves, outside the trust ratio, or add `wd*p` to the gradient (L2)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`

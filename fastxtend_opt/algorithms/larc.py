@@ -47,14 +47,14 @@ def larc_step(
 # %% ../../nbs/algorithms/larc.ipynb #84932501
 @options
 def Larc(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (γ): a number, or a slice or list for the groups
-    mom:float=.9, # Share of the sum of past gradients that a step keeps (μ), in [0, 1)
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (γ): a number, or a slice or list with one value per group
+    mom:float=.9, # Momentum coefficient: fraction of the gradient sum kept in each step (μ), in [0, 1)
     clip:bool=True, # LARC, where a layer's rate is at most `lr`? LARS if not
-    trust_coeff:float=.02, # Trust coefficient (η), > 0; the LARS paper has .001
+    trust_coeff:float=.02, # Trust coefficient (η), > 0; the LARS paper uses 0.001
     eps:float=1e-8, # Added to the denominator of the layer's rate (ε)
     wd:float=0., # Weight decay (β)
-    decouple_wd:bool=True, # Decay the weights themselves, or add `wd*p` to the gradient (L2, as in the paper)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`, as in the paper)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "LARC, or with `clip=False` LARS"

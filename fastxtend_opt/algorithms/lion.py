@@ -17,7 +17,7 @@ def lion_step(
     p, # The parameter
     lr:float, # Learning rate (η)
     beta1:float, # Share of the average in the direction (β1)
-    grad_avg:torch.Tensor=None, # Average of the gradients (m); made at the first step
+    grad_avg:torch.Tensor=None, # Average of the gradients (m); created in the first step
     **kwargs
 ):
     "Step by the sign of the old average mixed with the gradient"
@@ -39,8 +39,8 @@ def lion_average(
 # %% ../../nbs/algorithms/lion.ipynb #4242044d
 @options
 def Lion(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η), 3 to 10 times less than Adam's: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η), 3 to 10 times less than Adam's: a number, or a slice or list with one value per group
     beta1:float=.9, # Share of the average in the direction of a step (β1), in [0, 1)
     beta2:float=.99, # Moving average coefficient of the gradient (β2), in [0, 1)
     wd:float=.1, # Weight decay (λ), decoupled, 3 to 10 times Adam's; the ports have 0
