@@ -90,11 +90,6 @@ def check_tensors(
         raise NotImplementedError(f"{what} with a {g.dtype} gradient: dtypes that can be stepped are {', '.join(sorted(str(d)[6:] for d in FLOAT_DTYPES))}")
     if g.device != p.device: raise ValueError(f"{what}: the parameter is on {p.device}, its gradient on {g.device}; move one of them")
     if g.shape != p.shape: raise ValueError(f"{what}: the gradient has shape {tuple(g.shape)}")
-    for t,name in ((p, 'the parameter'), (g, 'its gradient')):
-        if freed(t): raise ValueError(f"{what}: {name} can't be stepped, {_freed}")
-
-_freed = ("its memory was freed (its storage has size 0). Libraries that shard parameters do that between uses: step the shards, or "
-    "gather the parameter before the step. No parameter was changed.")
 
 def check_state(
     name:str, # State name
@@ -104,7 +99,6 @@ def check_state(
     "Raise a `ValueError` or `NotImplementedError` if `t` can't be state of `p`"
     if t.dtype not in FLOAT_DTYPES: raise NotImplementedError(f"state '{name}' is {t.dtype}: dtypes that can be stepped are {', '.join(sorted(str(d)[6:] for d in FLOAT_DTYPES))}")
     if t.device != p.device: raise ValueError(f"state '{name}' is on {t.device}, its parameter on {p.device}; load_state_dict moves it")
-    if freed(t): raise ValueError(f"state '{name}' can't be used, {_freed}")
 
 # %% ../../nbs/engine/cohort.ipynb #804d6210
 def make_cohorts(
@@ -124,12 +118,12 @@ def make_cohorts(
             key = (i, p.dtype, g.dtype, p.device, g.layout, tuple((k, v.dtype, v.shape) for k,v in tensors), tuple(numbers), p.shape,
                    g.shape, g.device, sort and sort(p, g, st))
             c = known.get(key) if (hashed := _hashable(key)) else None
-            if c is None or freed(p) or freed(g): check_tensors(p, g)
             if c is None:
+                check_tensors(p, g)
                 c = _cohort(cohorts, i, p, g, st, tensors, numbers, by_shape, key[-1])
                 if hashed: known[key] = c
             for k,v in tensors:
-                if v.shape != p.shape or v.device != p.device or freed(v): check_state(k, v, p)
+                if v.shape != p.shape or v.device != p.device: check_state(k, v, p)
             c.params.append(p); c.states.append(st)
     for c in cohorts.values(): c.keep()
     return list(cohorts.values())
