@@ -1,4 +1,4 @@
-"The C++ files of the package: they compile without warnings, every kernel includes what it needs, and the address reader decides like Python"
+"The C++ files of the package: they compile without warnings, and the address reader decides as the rule in Python does"
 import ctypes,os,re,shutil,subprocess,sys,textwrap
 from pathlib import Path
 
@@ -27,7 +27,8 @@ def compile_strictly(cxx, source, *flags):
 @pytest.mark.parametrize('name', sorted(p.name for p in FOLDER.iterdir()))
 def test_no_warnings(cxx, threads, name):
     for ct in ('float','double')[:1 + (name == 'axes.h')]:
-        compile_strictly(cxx, HEADERS[name].format(ct) + f'#include "{name}"\n' if name in HEADERS else csrc(name), threads, '-DVECTOR_MATH')
+        source = HEADERS[name].format(ct) + f'#include "{name}"\n' if name in HEADERS else csrc(name)
+        compile_strictly(cxx, source, threads, '-DVECTOR_MATH')
 
 def test_a_warning_is_found():
     with pytest.raises(AssertionError, match='unused'): compile_strictly(COMPILERS[0], 'void f(int i) {}')
@@ -76,9 +77,11 @@ def test_low_precision(cxx, dtype, monkeypatch):
     wide = torch.empty(2**16)
     getattr(lib, 'load'+b)(ctypes.c_void_p(bits.data_ptr()), ctypes.c_void_p(wide.data_ptr()), ctypes.c_int64(2**16))
     ref = bits.view(dtype).float()
-    assert torch.equal(wide.isnan(), ref.isnan()) and torch.equal(wide.nan_to_num(7.).view(torch.int32), ref.nan_to_num(7.).view(torch.int32))
+    assert torch.equal(wide.isnan(), ref.isnan())
+    assert torch.equal(wide.nan_to_num(7.).view(torch.int32), ref.nan_to_num(7.).view(torch.int32))
     ref = ref[ref.isfinite()].sort().values.double()
-    x = torch.cat([ref, (ref[1:] + ref[:-1])/2, (ref[1:] + ref[:-1])/2*(1+1e-6), torch.tensor([65519., 65520., 1e5, 3.4e38, 1e-8, 1e-45])]).float()
+    middle = (ref[1:] + ref[:-1])/2
+    x = torch.cat([ref, middle, middle*(1+1e-6), torch.tensor([65519., 65520., 1e5, 3.4e38, 1e-8, 1e-45])]).float()
     x = torch.cat([x, -x, torch.tensor([torch.inf, -torch.inf, torch.nan])])
     got = torch.empty(len(x), dtype=dtype)
     getattr(lib, 'store'+b)(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(got.data_ptr()), ctypes.c_int64(len(x)))
@@ -126,7 +129,8 @@ CHANGES = dict(
     moved=(False, lambda p, st: setattr(p, 'data', p.data.clone())),
     shorter=(False, lambda p, st: (setattr(p, 'grad', None), setattr(p, 'data', p.data[:2]), setattr(p, 'grad', torch.ones(2,3)))),
     shape=(False, lambda p, st: (setattr(p, 'grad', None), setattr(p, 'data', p.data.view(3,4)), setattr(p, 'grad', torch.ones(3,4)))),
-    dtype=(False, lambda p, st: (setattr(p, 'grad', None), setattr(p, 'data', p.data.double()), setattr(p, 'grad', torch.ones(4,3).double()))),
+    dtype=(False, lambda p, st: (setattr(p, 'grad', None), setattr(p, 'data', p.data.double()),
+        setattr(p, 'grad', torch.ones(4,3).double()))),
     gradient_dtype=(False, lambda p, st: setattr(p.grad, 'data', p.grad.data.double())),
     gradient_shape=(False, lambda p, st: setattr(p.grad, 'data', p.grad.data.view(3,4))),
     gradient_strides=(False, lambda p, st: setattr(p, 'grad', torch.ones(3,4).t())),
@@ -168,7 +172,8 @@ def test_one_rule(change, count):
     assert c.unchanged() == (holds or change in STRIDES)
     if holds:
         assert np.array_equal(in_c.address, in_python.address)
-        assert in_c.address[-1].tolist() == [ps[-1].data_ptr(), ps[-1].grad.data_ptr(), *(opt.state[ps[-1]][k].data_ptr() for k in in_c.names)]
+        tensors = ps[-1],ps[-1].grad,*(opt.state[ps[-1]][k] for k in in_c.names)
+        assert in_c.address[-1].tolist() == [t.data_ptr() for t in tensors]
 
 def _old_torch(monkeypatch):
     monkeypatch.delattr(torch.Tensor, '__dlpack_c_exchange_api__')

@@ -9,8 +9,8 @@ from collections import namedtuple
 from fastcore.basics import patch
 from .ops import OPS
 from .phases import value_name as val
-from fastxtend_opt.engine.cpp_passes import (_constants, _ctype, _declare, _element, _emit_values, _expr, _function, _pointers, _run_function,
-    _start, _take, _take_expr)
+from .cpp_passes import (_constants, _ctype, _declare, _element, _emit_values, _expr, _function, _pointers,
+    _run_function, _start, _take, _take_expr)
 from .phases import TapePhases
 from .kinds import SCALAR_REF
 
