@@ -50,7 +50,7 @@ notebooks: $(STAMP) | check
 	$(BIN)/nbdev-test --n-workers $(JOBS)
 
 docs: $(STAMP)
-	$(BIN)/python tools/process_notebooks.py --force --n-workers $(JOBS)
+	$(BIN)/python tools/process_notebooks.py --force
 	$(BIN)/python tools/render_site.py
 
 # last, so that its summary closes the log

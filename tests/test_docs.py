@@ -1,7 +1,7 @@
 """The documentation: the site is rendered from the notebooks and looked through
 
 `make docs` renders the same site; tools/render_site.py refuses dead links and pages that the sidebar lacks, and that it does is tested here too."""
-import ast, fcntl, importlib.util, json, re, shutil, subprocess, sys
+import ast, fcntl, importlib.util, json, os, pickle, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,8 +22,7 @@ nav = rs.sidebar(rs.yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-
 sources = [s for _,srcs in nav for s in srcs]
 algorithms = [s for s in sources if s.startswith('algorithms/')]
 
-@pytest.fixture(scope='session')
-def proc():
+def processed():
     "The processed notebooks; processed again where a notebook is newer"
     with open(root/'.docs.lock', 'w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
@@ -33,9 +32,15 @@ def proc():
     return root/'_proc'
 
 @pytest.fixture(scope='session')
-def site(proc, tmp_path_factory):
-    out = tmp_path_factory.mktemp('site')/'site'
-    return out, {p.src: p for p in rs.render(proc, out)}
+def site(tmp_path_factory):
+    "The rendered site and its pages, made once a session: the first process to come here makes it, and others wait for it"
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
+    out,known = shared/'site',shared/'site.pickle'
+    with open(shared/'site.lock', 'w') as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        if not known.exists(): known.write_bytes(pickle.dumps({p.src: p for p in rs.render(processed(), out)}))
+    return out, pickle.loads(known.read_bytes())
 
 class Document(HTMLParser):
     "What a page consists of, read from its HTML and not from what the renderer thought it wrote"
