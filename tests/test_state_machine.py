@@ -287,10 +287,10 @@ def life(mode, name, examples, steps, casts=True, **kw):
                                      suppress_health_check=list(HealthCheck), **kw)
     return cls.TestCase
 
-class TestFusedAdam(life('fused', 'adam', 30, 40, derandomize=True)): pass
+class TestFusedAdam(life('fused', 'adam', 20, 40, derandomize=True)): pass
 class TestFusedRanger(life('fused', 'ranger', 15, 30, casts=False, derandomize=True)): pass
 class TestFusedLarc(life('fused', 'larc', 15, 30, casts=False, derandomize=True)): pass
-class TestTritonAdam(life('triton', 'adam', 10, 30, derandomize=True)): pass
+class TestTritonAdam(life('triton', 'adam', 6, 30, derandomize=True)): pass
 class TestTritonLarc(life('triton', 'larc', 4, 30, casts=False, derandomize=True)): pass
 class TestForeachAdam(life('foreach', 'adam', 8, 30, derandomize=True)): pass
 class TestJitAdam(life('jit', 'adam', 10, 30, casts=False, derandomize=True)): pass

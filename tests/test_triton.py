@@ -372,8 +372,8 @@ def compile_for(target, what, tmp_path):
 
 @pytest.mark.parametrize('what', ['core', pytest.param('optimizers', marks=pytest.mark.slow)])
 def test_optimizers_compile_for_cuda(what, tmp_path):
-    """PTX and machine code for an H100, by Triton's own compiler: `CORE`, or every registered optimizer, float32 and bfloat16; whole blocks
-    are loaded and stored as vectors"""
+    """PTX and machine code for an H100, from Triton's own compiler: `CORE`, or every registered optimizer, float32 and bfloat16. Whole blocks
+    are loaded and stored as vectors."""
     res = compile_for(['cuda', 90, 32], what, tmp_path)
     assert {k.split('.')[0].split('-')[0] for k in res}==set(NAMES if what=='optimizers' else CORE)
     for k,v in res.items():
