@@ -151,7 +151,8 @@ def test_several_processes_build_the_same_kernel(cache):
     '''
     go = cache.parent/'go'
     env = {**os.environ, 'PYTHONPATH':str(ROOT), 'OMP_NUM_THREADS':'1', 'GO':str(go)}
-    ps = [subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    ps = [subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           text=True) for _ in range(4)]
     time.sleep(1)
     go.touch()
     out = [p.communicate(timeout=110) for p in ps]
@@ -338,6 +339,7 @@ def test_import_writes_and_compiles_nothing(tmp_path):
     '''
     cache,home = tmp_path/'cache',tmp_path/'home'
     home.mkdir()
-    r = run_python(code, FASTXTEND_OPT_CACHE=str(cache), HOME=str(home), XDG_CACHE_HOME=str(home/'xdg'), PYTHONDONTWRITEBYTECODE='1', CXX='/nonexistent')
+    r = run_python(code, FASTXTEND_OPT_CACHE=str(cache), HOME=str(home), XDG_CACHE_HOME=str(home/'xdg'), PYTHONDONTWRITEBYTECODE='1',
+                   CXX='/nonexistent')
     assert r.stdout.strip().endswith('done'), r.stderr
     assert not cache.exists() and not (home/'xdg'/'fastxtend_opt').exists() and not (home/'.cache'/'fastxtend_opt').exists()
