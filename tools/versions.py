@@ -1,12 +1,13 @@
 """Run the tests with other versions of Python, torch, fastai and fastcore.
 
-    python tools/versions.py 3.12.1 2.11.0 2.8.7 1.13.10       # Python, torch, fastai, fastcore; '-' takes pip's newest
-    python tools/versions.py --corners --out bench/results/versions.md
-    python tools/versions.py 3.10.13 2.9.1 2.8.5 1.8.0 -- -k "adam and matrix"
+    python tools/versions.py --corners --out bench/results/versions.md        # all rows of the table
+    python tools/versions.py --corners oldest colab -- tests/test_ops.py      # two of them, with arguments for pytest
+    python tools/versions.py 3.12.1 2.11.0 2.8.7 1.13.10 --with numpy==2.0.2  # Python, torch, fastai, fastcore; '-' takes pip's newest
 
-Each tuple gets a temporary environment (6 GB, removed afterwards), an installation of this tree with these versions, the default tests without
-the pages, and one line. Python interpreters come from pyenv (PYENV_VERSION) or from the path. The pages need nbdev 3.3 and so fastcore 2.2:
-tests/test_docs.py does not run here, and the line says so."""
+Each row gets a temporary environment (about 6 GB, deleted afterwards), an installation of a copy of this tree with these versions, the
+default tests without the pages, and one line. Interpreters come from pyenv or from the path. FASTXTEND_OPT_TEST_CACHE keeps kernels, in a
+folder for each version of torch. Left out are tests/test_docs.py and the check that running nbdev-export changes nothing: both need
+nbdev 3.3, which needs fastcore 2.2."""
 from __future__ import annotations
 import argparse, json, os, re, shutil, subprocess, sys, tempfile, time
 from configparser import ConfigParser
@@ -14,18 +15,23 @@ from datetime import date
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-#: name to (Python, torch, fastai, fastcore); '-' is the newest version that pip finds
-corners = dict(oldest=('3.10.13','2.9.1','2.8.5','1.8.0'), colab=('3.12.1','2.11.0','2.8.7','1.13.10'),
+# fastai 2.8.5 is the first version that allows torch 2.9. Triton 3.6 and older can't interpret kernels with numpy 2.4; Colab has numpy 2.0
+corners = dict(oldest=('3.10.13','2.9.1','2.8.5','1.8.0'), colab=('3.12.1','2.11.0','2.8.7','1.13.10','numpy==2.0.2'),
                newest=('3.13.0','-','-','-'), default=('3.11.7','-','-','-'))
-pages = ('nbdev', 'pypandoc-binary') # what only the pages need
-head = '| Python | torch | fastai | fastcore | result | minutes | commit | date |\n|---|---|---|---|---|--:|---|---|\n'
+packages = ('torch','fastai','fastcore','numpy')
+pages = ('nbdev','pypandoc-binary') # requirements of the documentation alone
+head = ('# Versions\n\nThe default tests without the pages, by `tools/versions.py`. Minutes are those of the tests, on 2 cores that ran '
+        'other work too.\n\n| Python | torch | fastai | fastcore | numpy | result | minutes | commit | date |\n'
+        '|---|---|---|---|---|---|--:|---|---|\n')
 
 def interpreter(version):
-    "Path of a Python interpreter"
+    "Path of the Python interpreter of a version"
     short = '.'.join(version.split('.')[:2])
-    r = subprocess.run([f'python{short}', '-c', 'import sys; print(sys.executable)'], capture_output=True, text=True,
-                       env=dict(os.environ, PYENV_VERSION=version))
-    if r.returncode: raise SystemExit(f'Python {version} is not here: {r.stderr.strip()}. Install it with pyenv, or name another version.')
+    try: r = subprocess.run([f'python{short}', '-c', 'import sys; print(sys.executable)'], capture_output=True, text=True,
+                            env=dict(os.environ, PYENV_VERSION=version))
+    except FileNotFoundError: r = None
+    if r is None or r.returncode:
+        raise SystemExit(f'There is no python{short} here. Install Python {version} with pyenv, or name another version.')
     return r.stdout.strip()
 
 def requirements():
@@ -34,63 +40,95 @@ def requirements():
     cfg.read(root/'settings.ini', encoding='utf-8')
     return [r for r in cfg['DEFAULT']['dev_requirements'].split() if re.split('[<>=]', r)[0] not in pages]
 
-def pins(torch, fastai, fastcore):
-    return [f'{k}=={v}' for k,v in dict(torch=torch, fastai=fastai, fastcore=fastcore).items() if v!='-']
+def pins(versions):
+    "Requirements of a row: pinned versions, then whatever else the row names"
+    return [f'{k}=={v}' for k,v in zip(packages, versions[1:4]) if v!='-'] + list(versions[4:])
 
 def installed(python):
-    "Versions of what matters, as the environment has them"
-    code = ("import json,sys,platform; from importlib.metadata import version as v; "
-            "print(json.dumps(dict(python=platform.python_version(), **{k:v(k) for k in ('torch','fastai','fastcore')})))")
+    "The versions that an environment has"
+    code = ("import json,platform; from importlib.metadata import version as v; "
+            f"print(json.dumps(dict(python=platform.python_version(), **{{k: v(k) for k in {packages}}})))")
     return json.loads(subprocess.run([python, '-c', code], capture_output=True, text=True, check=True).stdout)
 
-def run(versions, jobs, pytest_args, log):
-    "Install and test one tuple: versions, pytest's last line, seconds"
-    folder = Path(tempfile.mkdtemp(prefix='fastxtend_opt_versions_'))
+def make_environment(folder, versions, call):
+    "A copy of this tree in `folder`, installed with these versions: the environment's interpreter, or None"
+    python,tree = folder/'venv'/'bin'/'python',folder/'tree'
+    leave = shutil.ignore_patterns('.git', '.venv', '.cache', '_*_preview', '_proc', '_docs', '__pycache__', '*.egg-info', 'build', 'dist')
+    shutil.rmtree(tree, ignore_errors=True)
+    shutil.copytree(root, tree, ignore=leave)
+    if python.exists(): return python # kept by --keep
+    subprocess.run([interpreter(versions[0]), '-m', 'venv', str(folder/'venv')], check=True)
+    pip = [str(python), '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
+    failed = call([*pip, '--upgrade', 'pip']) or call([*pip, *pins(versions), *requirements(), '-e', '.'])
+    if not failed: return python
+    shutil.rmtree(folder/'venv')
+
+def test_environment(python, call, jobs, pytest_args):
+    "Run the tests with `python`"
+    have = installed(python)
+    env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONPATH='')
+    cache = env.get('FASTXTEND_OPT_TEST_CACHE')
+    if cache: env['FASTXTEND_OPT_TEST_CACHE'] = f'{cache}-torch{have["torch"]}-python{have["python"]}'
+    pytest = [str(python), '-m', 'pytest', '-q', '-n', str(jobs), '--dist', 'loadgroup', '--ignore', 'tests/test_docs.py']
+    call([*pytest, *pytest_args], env=env)
+    return have
+
+def run(versions, jobs, pytest_args, log, keep=None):
+    "Install and test one row: the installed versions, pytest's summary, seconds"
+    folder = keep/'-'.join(o.replace('=', '') for o in versions) if keep else Path(tempfile.mkdtemp(prefix='fastxtend_opt_versions_'))
+    folder.mkdir(parents=True, exist_ok=True)
+    start = log.stat().st_size if log.exists() else 0
     try:
-        python = str(folder/'venv'/'bin'/'python')
-        subprocess.run([interpreter(versions[0]), '-m', 'venv', str(folder/'venv')], check=True)
-        pip = [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
-        # a copy, so that no build folder is left in the tree
-        tree = folder/'tree'
-        shutil.copytree(root, tree, ignore=shutil.ignore_patterns('.git', '.venv', '.cache', '_proc', '_docs', '_site_preview', '__pycache__'))
         with open(log, 'a') as out:
-            def call(cmd, **kw): return subprocess.run(cmd, stdout=out, stderr=subprocess.STDOUT, cwd=tree, **kw).returncode
-            if call([*pip, '--upgrade', 'pip']) or call([*pip, *pins(*versions[1:]), *requirements(), '-e', '.']):
-                return dict(zip(('python','torch','fastai','fastcore'), versions)), 'not installed, see the log', 0
-            env = dict(os.environ, OMP_NUM_THREADS='1', MPLBACKEND='agg', PYTHONWARNINGS='ignore')
-            start = time.time()
-            cmd = [python, '-m', 'pytest', '-q', '-n', str(jobs), '--dist', 'loadgroup', '--ignore', 'tests/test_docs.py', *pytest_args]
-            call(cmd, env=env)
-        last = [l for l in Path(log).read_text().splitlines() if re.search(r'\d+ (passed|failed|error)', l)]
-        return installed(python), re.sub(r'[=]| in .*| \d+ warnings?,?', '', last[-1]).strip(' ,') if last else 'no result, see the log', time.time()-start
-    finally: shutil.rmtree(folder, ignore_errors=True)
+            def call(cmd, **kwargs):
+                return subprocess.run(cmd, stdout=out, stderr=subprocess.STDOUT, cwd=folder/'tree', **kwargs).returncode
+            python = make_environment(folder, versions, call)
+            if not python: return dict(zip(('python',*packages), (*versions[:4],'-'))), f'not installed: see {log}', 0
+            began = time.time()
+            have = test_environment(python, call, jobs, pytest_args)
+        said = log.read_bytes()[start:].decode(errors='replace').splitlines()
+        ends = [l for l in said if re.search(r'\d+ (passed|failed|errors?)\b.* in [\d.]+s', l)]
+        counts = re.findall(r'\d+ (?:passed|failed|skipped|xfailed|xpassed|errors?)\b', ends[-1] if ends else '')
+        return have, ', '.join(counts) or f'no result: see {log}', time.time()-began
+    finally:
+        if not keep: shutil.rmtree(folder, ignore_errors=True)
 
 def commit():
-    r = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=root, capture_output=True, text=True)
-    return r.stdout.strip() or '?'
+    "The commit of this tree, with a + if files have changed since"
+    def git(*args): return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True).stdout.strip()
+    return (git('rev-parse', '--short', 'HEAD') or '?') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
 
-def main():
+def parse(argv):
+    "Arguments of the command line, and the rows to run"
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('versions', nargs='*', metavar='VERSION', help='Python, torch, fastai and fastcore')
-    p.add_argument('--corners', nargs='*', choices=[*corners, []], metavar='NAME', help=f"run {', '.join(corners)}, or some of them")
+    p.add_argument('--corners', nargs='*', metavar='NAME', help=f"rows to run: {', '.join(corners)} (default: all)")
+    p.add_argument('--with', nargs='+', default=[], dest='extra', metavar='REQUIREMENT', help='more requirements for pip')
     p.add_argument('--jobs', type=int, default=2, help='processes of pytest (default: 2)')
-    p.add_argument('--out', type=Path, help='write the lines as a Markdown table into this file')
-    p.add_argument('--log', type=Path, default=Path('versions.log'), help="output of pip and pytest (default: versions.log)")
-    argv,rest = sys.argv[1:],[]
-    if '--' in argv: argv,rest = argv[:argv.index('--')],argv[argv.index('--')+1:]
-    a = p.parse_args(argv)
-    if a.corners is not None: todo = [corners[n] for n in (a.corners or corners)]
-    elif len(a.versions)==4: todo = [tuple(a.versions)]
+    p.add_argument('--out', type=Path, help='append the lines to this Markdown table')
+    p.add_argument('--log', type=Path, default=Path('versions.log'), help='output of pip and pytest (default: versions.log)')
+    p.add_argument('--keep', type=Path, metavar='FOLDER', help='keep the environments in this folder, and use those that it has')
+    a,rest = argv,[]
+    if '--' in argv: a,rest = argv[:argv.index('--')],argv[argv.index('--')+1:]
+    a = p.parse_args(a)
+    unknown = set(a.corners or ())-set(corners)
+    if unknown: p.error(f"--corners {' '.join(sorted(unknown))}: choose from {', '.join(corners)}")
+    if a.corners is not None: rows = [(*corners[n], *a.extra) for n in (a.corners or corners)]
+    elif len(a.versions)==4: rows = [(*a.versions, *a.extra)]
     else: p.error('name four versions (Python, torch, fastai, fastcore), or --corners')
+    return a,rows,rest
+
+def main(argv=None):
+    a,rows,pytest_args = parse(sys.argv[1:] if argv is None else argv)
     bad = False
-    for versions in todo:
-        have,result,seconds = run(versions, a.jobs, rest, a.log.resolve())
-        bad |= 'failed' in result or 'error' in result or 'passed' not in result
-        line = f"| {have['python']} | {have['torch']} | {have['fastai']} | {have['fastcore']} | {result} | {seconds/60:.1f} | {commit()} | {date.today()} |"
+    for versions in rows:
+        tested = commit()
+        have,result,seconds = run(versions, a.jobs, pytest_args, a.log.resolve(), a.keep and a.keep.resolve())
+        bad |= 'passed' not in result or 'failed' in result or 'error' in result
+        line = f"| {' | '.join(have.values())} | {result} | {seconds/60:.1f} | {tested} | {date.today()} |"
         print(line, flush=True)
-        if a.out:
-            if not a.out.exists(): a.out.write_text('# Versions\n\nThe default tests without the pages, by `tools/versions.py`.\n\n'+head)
-            with open(a.out, 'a') as f: f.write(line+'\n')
+        if a.out and not a.out.exists(): a.out.write_text(head)
+        if a.out: a.out.open('a').write(line+'\n')
     return int(bad)
 
 if __name__=='__main__': sys.exit(main())
