@@ -2,7 +2,7 @@
 
 `make docs` renders the same site; tools/render_site.py refuses dead links and pages that the sidebar lacks, and that it does is tested here
 too."""
-import ast, fcntl, importlib.util, json, os, pickle, re, subprocess, sys
+import ast, dataclasses, fcntl, html, importlib, importlib.util, inspect, json, os, pickle, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -22,6 +22,7 @@ rs = _load('render_site')
 nav = rs.sidebar(rs.yaml.safe_load((root/'_quarto.yml').read_text(encoding='utf-8')))
 sources = [s for _,srcs in nav for s in srcs]
 algorithms = [s for s in sources if s.startswith('algorithms/')]
+modules = [s for s in sources if s.startswith(('engine/','optimizer/','definition/','algorithms/','training/','tools/'))]
 
 def processed():
     "The processed notebooks; processed again where a notebook is newer"
@@ -108,8 +109,7 @@ def test_page(site, src):
     for left in (':::', '#|', '$$', '```', 'Traceback (most recent call last)'):
         assert left not in prose, f'{src}: {left!r} is left in the text'
 
-@pytest.mark.parametrize('src', [s for s in sources if s.startswith(('engine/','optimizer/','definition/','algorithms/','training/',
-                                                                     'tools/'))])
+@pytest.mark.parametrize('src', modules)
 def test_page_documents_its_names(site, src):
     "Every exported function and class has its place on the page, with a docstring"
     nb = json.loads((root/'nbs'/src).read_text(encoding='utf-8'))
@@ -121,6 +121,49 @@ def test_page_documents_its_names(site, src):
     heads = {h[1].rstrip('#').strip().rpartition('.')[2] for h in d.headings} # a patched method is headed Learner.fit_flat_varied
     missing = [n for n in names if n not in heads]
     assert not missing, f'{src}: not documented: {missing}'
+
+def _parameter_rows(text):
+    "Names in the tables of a page's documented functions: name to list"
+    res = {}
+    for doc in text.split('<div class="doc">')[1:]:
+        doc = re.split(r'<h[1-4]\b', doc, maxsplit=2)  # what is before its heading, its own part, what follows
+        name = html.unescape(re.sub('<[^>]+>', '', doc[1].partition('</h')[0].partition('>')[2])).removesuffix('#').rpartition('.')[2]
+        res[name] = [html.unescape(r).lstrip('*') for r in re.findall(r'<tr>\s*<td><code>([^<]+)</code>', doc[1])]
+    return res
+
+def _parameters(o):
+    "Names of the parameters that a page has to explain: those of functions, and of classes with a constructor of their own"
+    if inspect.isclass(o) and ('__init__' not in vars(o) or dataclasses.is_dataclass(o)) or not (inspect.isclass(o) or inspect.isfunction(o)):
+        return []
+    return [p.name for p in inspect.signature(o).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+@pytest.mark.parametrize('src', modules)
+def test_every_parameter_has_a_row(site, src):
+    "The table of each exported function names all parameters, and its signature shows a bare * or / as Python does"
+    text = (site[0]/site[1][src].out).read_text(encoding='utf-8')
+    code = ''.join(''.join(c['source'])+'\n' for c in json.loads((root/'nbs'/src).read_text(encoding='utf-8'))['cells'])
+    mod = importlib.import_module('fastxtend_opt.'+re.search(r'^#\s*\|\s*default_exp (\S+)', code, re.M)[1])
+    rows = _parameter_rows(text)
+    here = {n: getattr(mod, n) for n in mod.__all__ if getattr(getattr(mod, n), '__module__', '')==mod.__name__ and n in rows}
+    missing = {n: [p for p in _parameters(o) if p not in rows[n]] for n,o in here.items()}
+    assert not any(missing.values()), f'{src}: no row, or no docment: { {n: m for n,m in missing.items() if m} }'
+    signatures = re.sub('<[^>]+>', '', ''.join(re.findall(r'<div class="doc">.*?</pre>', text, re.S)))
+    assert '*=' not in signatures and '/=' not in signatures
+
+def test_signatures_with_markers():
+    "show_doc prints a bare * or / on the line of the next parameter, here with and without docments"
+    md = rs._document('```python\ndef f(\n    x, # A\n    /, y:int=1, # B\n    *, foreach:bool=False, # C\n    **kw, # D\n)->int: # E\n```')
+    assert 'def f(x, /, y=1, *, foreach=False, **kw)->int:' in md
+    for row in ('| `x` | | | A |', '| `y` | <code>int</code> | <code>1</code> | B |', '| `foreach` | <code>bool</code> | <code>False</code> | C |',
+                '| `**kw` | | | D |', '| *returns* | <code>int</code> | | E |'):
+        assert re.sub(' +', ' ', row) in re.sub(' +', ' ', md), row
+    assert md.count('\n| ')==6 # these five and the head of the table
+    assert 'def f(x, /, y, *, z=2):' in rs._document('```python\ndef f(\n    x, /, y, *, z=2\n):\n```')
+
+def test_docments_of_kwargs(proc):
+    "The docment of `**kwargs` is its own, and not that of the value that the function returns"
+    shown = (proc/'algorithms'/'adam.ipynb').read_text(encoding='utf-8')
+    assert re.search(r'\)->fastai\.optimizer\.Optimizer:', shown) and not re.search(r'Optimizer: # Mode and storage', shown)
 
 def test_there_are_algorithms(): assert len(algorithms) >= 9
 
