@@ -2,12 +2,14 @@
 # make test    everything that must hold: generated files, notebooks, tests (which render the documentation)
 # make test-all  the same with slow tests and slow cells, which take hours
 # make docs    the documentation site, in _site_preview/
-# make bench   step times; ARGS='--help' says what can be asked for
-# make clean   remove what was built; make distclean removes .venv as well
+# make bench   step times; ARGS='--help' lists the options
+# make dist-check     build wheel and sdist, install the wheel into an empty environment, and step there
+# make test-versions  the tests with other versions of Python and torch: CORNERS='oldest colab newest default'
+# make clean   remove build products; make distclean removes .venv as well
 #
-# PYTHON=python3.12   the interpreter that .venv is made with
-# TORCH=torch==2.13.0 one more requirement for pip, here the oldest torch that is supported
-# JOBS=3              processes of notebooks and tests; a third has the two cores busy while others wait for a compiler or a child process
+# PYTHON=python3.12   the interpreter of .venv
+# TORCH=torch==2.13.0 one more requirement for pip
+# JOBS=3              processes of notebooks and tests; a third keeps two cores busy while others wait for a compiler or a child process
 
 PYTHON ?= python3
 TORCH  ?=
@@ -19,7 +21,9 @@ STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 NB_FLAGS ?=
 
-.PHONY: install demo test test-all check notebooks docs pytest bench clean distclean
+CORNERS ?=
+
+.PHONY: install demo test test-all check notebooks docs pytest bench dist-check test-versions clean distclean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -66,6 +70,12 @@ pytest: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/fastxtend-opt bench $(ARGS)
+
+dist-check:
+	$(PYTHON) tools/check_dist.py $(ARGS)
+
+test-versions:
+	$(PYTHON) tools/versions.py --corners $(CORNERS) --jobs $(JOBS) $(ARGS)
 
 clean:
 	rm -rf _proc _docs _site_preview build dist .cache .pytest_cache .hypothesis *.egg-info nbs/nbdev.yml

@@ -1,5 +1,5 @@
 "The package as a thing that is installed: metadata, generated files, what an import costs, what a wheel holds"
-import ast, importlib, json, os, re, subprocess, sys, tarfile, textwrap, zipfile
+import ast, importlib, importlib.util, json, os, re, subprocess, sys, tarfile, textwrap, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -200,7 +200,8 @@ def test_wheel_and_sdist(tmp_path):
     with zipfile.ZipFile(whl) as z:
         names,meta,entry = z.namelist(), z.read(f'fastxtend_opt-{v}.dist-info/METADATA').decode(), z.read(
             f'fastxtend_opt-{v}.dist-info/entry_points.txt').decode()
-    for p in [*lib.rglob('*.py'), *lib.rglob('data/*.json'), *lib.rglob('csrc/*')]: assert p.relative_to(root).as_posix() in names, f'the wheel lacks {p}'
+    for p in [*lib.rglob('*.py'), *lib.rglob('data/*'), *lib.rglob('csrc/*')]:
+        assert p.relative_to(root).as_posix() in names, f'the wheel lacks {p}'
     assert any(n.endswith('data/shapes.json') for n in names)
     sources = [f'fastxtend_opt/engine/csrc/{n}' for n in ('prelude.h','vector_math.h','axes.h','reader.cpp')]
     for n in sources: assert n in names, f'the wheel lacks {n}'
@@ -215,3 +216,57 @@ def test_wheel_and_sdist(tmp_path):
     for n in (*sources, 'settings.ini','setup.py','pyproject.toml','README.md','LICENSE','CHANGELOG.md','fastxtend_opt/tools/data/shapes.json',
               'nbs/index.ipynb','tests/test_package.py','tools/render_site.py'):
         assert n in names, f'the sdist lacks {n}'
+
+# --- commands of the Makefile, workflows and versions ----------------------------------------------
+
+def _tool(name):
+    spec = importlib.util.spec_from_file_location(name, root/'tools'/f'{name}.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+def _targets(): return set(re.findall(r'^([\w-]+):(?!=)', (root/'Makefile').read_text(encoding='utf-8'), re.M))
+
+def workflows(): return sorted((root/'.github'/'workflows').glob('*.yml'))
+
+@pytest.mark.skipif(not (root/'.github').exists(), reason='an sdist has no workflows')
+def test_there_are_workflows(): assert {p.name for p in workflows()} == {'versions.yml','dist.yml','docs.yml'}
+
+@pytest.mark.parametrize('p', workflows(), ids=lambda p: p.name)
+def test_workflow_runs_targets_that_exist(p):
+    "A workflow can't run here, but each one calls a target of the Makefile, which can"
+    yaml = pytest.importorskip('yaml')
+    jobs = yaml.safe_load(p.read_text(encoding='utf-8'))['jobs']
+    made = [m for job in jobs.values() for s in job['steps'] for m in re.findall(r'\bmake ([\w-]+)', s.get('run', ''))]
+    assert made and set(made) <= _targets(), f'{p.name} makes {made}; the Makefile has {sorted(_targets())}'
+
+def test_makefile_names_files_that_exist():
+    for o in re.findall(r'\b(tools/\w+\.py)\b', (root/'Makefile').read_text(encoding='utf-8')): assert (root/o).is_file(), o
+
+def test_versions_workflow_has_every_corner():
+    yaml,path = pytest.importorskip('yaml'),root/'.github'/'workflows'/'versions.yml'
+    if not path.exists(): pytest.skip('an sdist has no workflows')
+    rows = yaml.safe_load(path.read_text(encoding='utf-8'))['jobs']['test']['strategy']['matrix']['include']
+    corners = _tool('versions').corners
+    assert {r['corner']: r['python'] for r in rows} == {n: c[0].rpartition('.')[0] for n,c in corners.items()}
+
+def test_oldest_corner_is_what_settings_declare():
+    "Nothing older is declared than what is tested"
+    number = lambda v: tuple(int(o) for o in v.split('.'))
+    need = dict(re.findall(r'(\w+)>=([\d.]+)', settings()['requirements']))
+    python,*oldest = _tool('versions').corners['oldest']
+    assert number(settings()['min_python']) == number(python)[:2]
+    for name,v in zip(('torch','fastai','fastcore'), oldest):
+        declared = number(need[name])
+        assert declared == number(v)[:len(declared)], f'{name}>={need[name]} is declared, {v} is tested'
+
+def test_versions_command(capsys):
+    v = _tool('versions')
+    a,rows,rest = v.parse(['--corners','oldest','--with','numpy<2','--','tests/test_ops.py'])
+    assert rows == [(*v.corners['oldest'],'numpy<2')] and rest == ['tests/test_ops.py']
+    assert v.pins(rows[0])[0] == f"torch=={v.corners['oldest'][1]}" and v.pins(('3.11.7','-','2.8.5','-')) == ['fastai==2.8.5']
+    assert not {'nbdev','pypandoc-binary'} & set(v.requirements()) and 'pytest' in v.requirements()
+    for bad,said in ((['3.11.7'],'name four versions'), (['--corners','latest'],'latest: choose from oldest, colab')):
+        with pytest.raises(SystemExit): v.parse(bad)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='no python3.99 here'): v.interpreter('3.99.0')
