@@ -213,7 +213,7 @@ def test_bfloat16(stepper, mode):
 @pytest.mark.parametrize('other', ['native', *MODES])
 @pytest.mark.parametrize('stepper', [adafactor, every_second], ids=lambda f: f.__name__)
 def test_checkpoints(stepper, mode, other):
-    "A checkpoint goes on in every other mode"
+    "A checkpoint continues in every other mode"
     shapes = [(5,), (3,4), (7,1), (6,5,3,3)]
     ps,qs,a,b = make(mode, [stepper], shapes, lr=.1)
     run(ps, qs, a, b, n=2)
@@ -269,7 +269,7 @@ def test_axes_without_sizes(mode):
     b.step()
     assert b._by_shape == 'axes' and sorted(map(len, b._plan.cohorts)) == [1,1,3]
 
-# ---------------------------------------------------------------- C++: threads, chunks, what is served by a kernel
+# ---------------------------------------------------------------- C++: threads, chunks, which steps have a kernel
 # shared by all threads: one matrix, many small ones, long rows, two matrices
 WIDE = [(700,600), (7,), (40,30,70), (3,9), (2,90_001), (520,12,3,3), (2,130,700), (30,20)]
 @pytest.mark.parametrize('stepper', [adafactor, came, adamp, wholes], ids=lambda f: f.__name__)

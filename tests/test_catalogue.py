@@ -34,11 +34,11 @@ def saved_catalogue():
     return next((o for o in outs if 'class="catalogue"' in o), '')
 
 def of_test_oracles():
-    "The older optimizers' oracles stand in test_oracles.py"
+    "The older optimizers' oracles are in test_oracles.py"
     import test_oracles
     return test_oracles.REFS
 
-# --- one function a part: what is missing, in words, or nothing -----------------------------------
+# --- one function per part: a description of what is missing, or None -----------------------------------
 
 def page(o):
     nb,src = page_of(o),f'algorithms/{page_of(o).name}'
@@ -207,7 +207,7 @@ def test_it_sorts():
 # --- the template and the guide -------------------------------------------------------------------
 
 def test_template_runs():
-    "Every code cell of the template, in order, in a process of its own: what it shows to copy is true"
+    "Run every code cell of the template in order, in a separate process: the code that it shows works"
     code = ("import sys; from execnb.shell import CaptureShell; s = CaptureShell(); s.execute(sys.argv[1], exc_stop=True); "
             "assert 'signum' in s.user_ns, 'nothing ran'; assert s.user_ns['get_optimizer']('signum').title=='Signum'")
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(ROOT/'nbs'/'algorithms'/'_template.ipynb')], capture_output=True,

@@ -1,4 +1,4 @@
-"`cautious=True` for every optimizer: the modes agree, or it is refused; with the other options too."
+"`cautious=True` for every optimizer: the modes agree or refuse it, also with the other options."
 import warnings
 from functools import partial
 
@@ -146,7 +146,7 @@ def test_gradient_release(mode):
 @pytest.mark.parametrize('dst', ['native','fused'])
 @pytest.mark.parametrize('src', ['native','foreach'])
 def test_checkpoints_cross_modes_and_the_option(src, dst):
-    "There is no state of its own"
+    "It has no state"
     ps = make_params(SHAPES_C, torch.float64, big=False, channels_last=False); opt = make('adam', ps, src)
     for i in range(4): GradStream().set(ps, i); opt.step()
     qs = copy_params(ps); new = make('adam', qs, dst); new.load_state_dict(detach_copy(opt.state_dict()))

@@ -1,4 +1,4 @@
-"""Wrappers round each other: as native in every mode, as the formulas say, one fused step; checkpoints go on bit for bit; what has no
+"""Wrappers around each other: as native in every mode, as the formulas say, one fused step; checkpoints continue bit for bit; what has no
 meaning is refused with a reason."""
 import copy,pickle,warnings
 import fastai.optimizer as fo,pytest,torch
@@ -55,7 +55,7 @@ def tol(mode): return dict(rtol=1e-9, atol=1e-11) if mode=='triton' else TOL[tor
 
 @both
 def test_modes_agree_and_checkpoints_resume(pair, mode):
-    "As native; a checkpoint goes on to the last bit, in a new optimizer"
+    "As native; a checkpoint continues bit for bit in a new optimizer"
     f = PAIRS[pair]
     def run(mode, save=True):
         ps = small(); opt = go(make(f, ps, mode), range(5), skip=[3])
@@ -146,7 +146,7 @@ def test_in_a_learner(tmp_path):
         return losses(learn)
     assert_same(run(fused=True), run(), rtol=1e-4)
 
-# ---------------------------------------------------------------- what goes round what
+# ---------------------------------------------------------------- which wrapper takes which
 YES = ('lookahead:cautious centralize rules sam|cautious:centralize rules sam|schedule_free:centralize rules|'
        'centralize:lookahead cautious schedule_free rules sam|rules:cautious centralize rules|sam:lookahead cautious centralize rules')
 

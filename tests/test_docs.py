@@ -147,7 +147,7 @@ def test_index_has_a_picture(site):
     d = Document((site[0]/'index.html').read_text(encoding='utf-8'))
     assert d.images>=1 and section(d, 'install') and section(d, 'first fit')
 
-# --- the renderer refuses what is wrong ----------------------------------------------------------
+# --- faults that the renderer refuses ----------------------------------------------------------
 
 def _nb(*cells, title='A page'):
     md = lambda s: dict(cell_type='markdown', metadata={}, source=s)
@@ -182,7 +182,7 @@ def test_renderer_refuses(tmp_path, pages, contents, fault):
     with pytest.raises(rs.SiteError, match=re.escape(fault)): _site(tmp_path, pages, contents)()
 
 def test_renderer_renders(tmp_path):
-    "Links, formulas, callouts, code and pictures of a small site, by what stands in the HTML"
+    "Links, formulas, callouts, code and pictures of a small site, read from its HTML"
     png = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=='
     code = dict(cell_type='code', metadata={}, source='#| fig-cap: A dot\nx = 1',
                 outputs=[dict(output_type='display_data', metadata={}, data={'image/png': png})])

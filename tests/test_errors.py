@@ -50,12 +50,12 @@ def test_gradients_that_can_not_be_stepped(spoil, exc, words, mode, first):
     params,opt = stepped(mode, n=first)
     spoil(params)
     refused(params, opt, exc, *words)
-    params[1].grad = None # and it goes on when what was wrong is gone
+    params[1].grad = None # and the next step works when the cause is gone
     opt.step()
     assert opt.state[params[0]]['step']==first+1
 
 def test_gradient_on_another_device():
-    "torch 2.15 refuses to attach such a gradient in any way, so the check is called by itself"
+    "torch 2.15 refuses to attach such a gradient in any way, so this calls the check directly"
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(RuntimeError): p.grad = torch.empty(3, device='meta')
     with pytest.raises(ValueError, match=r'shape \(3,\).*on cpu, its gradient on meta'): check_tensors(p, torch.empty(3, device='meta'))
@@ -162,7 +162,7 @@ def test_unsupported_operations(mode, stepper, op):
     GradStream().set(params, 0)
     msg = refused(params, opt, NotImplementedError, stepper.__name__, op, 'native')
     assert 'OPS' in msg or 'add_op' in msg
-    opt.cbs = opt.cbs[:2] + L(momentum_step) # it can go on without
+    opt.cbs = opt.cbs[:2] + L(momentum_step) # it can continue without
     opt.step()
     assert (opt.state[params[0]]['grad_avg']==params[0].grad).all()
 

@@ -32,7 +32,7 @@ def answer(path): return ctypes.CDLL(str(path)).answer()
 def kept(cache): return sorted(p for p in cache.iterdir() if not p.name.startswith('.'))
 
 def run_python(code, **env):
-    "Run `code` in a new process of its own"
+    "Run `code` in a new process"
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS':'1', **env}
     return subprocess.run([sys.executable, '-c', textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=110)
 

@@ -1,4 +1,4 @@
-"The optimizers in fastai's Learner, on real data: in each scenario every mode's loss of every batch is native's, to 1e-4 relative."
+"The optimizers in fastai's Learner on real data: every mode's loss of every batch equals native's to 1e-4, in each scenario."
 import os,subprocess,sys,threading
 from functools import lru_cache,partial
 from pathlib import Path
@@ -247,7 +247,7 @@ def autocast_fp16_with_overflow(learn, path):
     return amp.cancelled
 
 class CPUNonNative(NonNativeMixedPrecision):
-    "fastai's float32 master weights beside a float16 model, without its demand for CUDA"
+    "fastai's float32 master weights for a float16 model, without its check for CUDA"
     def before_fit(self):
         if self.learn.opt is None: self.learn.create_opt()
         self.model_pgs,self.master_pgs = get_master(self.opt, self.flat_master)
@@ -362,7 +362,7 @@ def test_export_and_load_learner(mode, name, tmp_path):
     data = dls(seed=5)
     preds = learn.get_preds(dl=data.valid)[0]
     assert_bitwise(loaded.get_preds(dl=data.valid)[0], preds)
-    # both go on: the exported one with its state, the loaded one with a new optimizer of the same kind
+    # both continue: the exported one with its state, the loaded one with a new optimizer of the same kind
     loaded.dls = data
     loaded.fit(1, 4e-3)
     assert type(loaded.opt) is type(learn.opt)
@@ -379,7 +379,7 @@ def test_export_and_load_learner(mode, name, tmp_path):
 # ---------------------------------------------------------------- threads and processes
 @interpreted_slow(ALL_MODES)
 def test_fit_in_a_thread(native, mode, threads):
-    "Two Learners train at once in two threads, undisturbed by each other, each with two threads of its own in a step"
+    "Two Learners train at the same time in two threads without disturbing each other; a step uses two threads"
     if mode=='fused': threads(2)
     jobs = [learner('adam', mode, dls_kw=SHORT),learner('ranger', mode, dls_kw=SHORT)]
     errors = []
@@ -412,7 +412,7 @@ for step_first in (False,True):
 print('all trained')
 """
 def test_data_loader_workers():
-    "Two worker processes, forked before and after fused steps; in a process of its own, so that a deadlock ends in a failure"
+    "Two worker processes, forked before and after fused steps; in a separate process, so that a deadlock is a failure"
     here = Path(__file__).parent
     env = {**os.environ, 'OMP_NUM_THREADS':'2', 'OMP_WAIT_POLICY':'passive',
            'PYTHONPATH':os.pathsep.join([str(here), str(here.parent), os.environ.get('PYTHONPATH','')])}

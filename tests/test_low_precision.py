@@ -1,4 +1,4 @@
-"Models and Learners in bfloat16: what is cast and what stays, inputs, saving and loading across modes, accuracy beside float32, memory"
+"Models and Learners in bfloat16: which tensors are cast, inputs, saving and loading across modes, accuracy compared with float32, memory"
 import copy,subprocess,sys,warnings
 from collections import OrderedDict,namedtuple
 from functools import partial
@@ -256,7 +256,7 @@ def test_export(tmp_path):
         got = load_learner(tmp_path/'export.pkl')
     assert_bitwise(bits(got.model), bits(learn.model))
     assert_same(got.get_preds(dl=learn.dls.valid)[0], want, atol=1e-6)
-    learn.fit(1, 4e-3) # goes on, with its state
+    learn.fit(1, 4e-3) # continues with its state
 
 def test_again_and_after_a_fit():
     learn = learner()

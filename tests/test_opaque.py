@@ -291,7 +291,7 @@ def test_state_of_another_model_is_not_loaded():
         if k == 'gg': opt.load_state_dict(bad); continue # a shape that only the function could tell
         with pytest.raises(ValueError, match=rf"state 'grad_avg' has shape .*Nothing was loaded"): opt.load_state_dict(bad)
 
-# ---------------------------------------------------------------- with what goes round a step
+# ---------------------------------------------------------------- with the callbacks and wrappers around a step
 @pytest.mark.parametrize('mode', ('native',)+MODES)
 def test_gradient_release(mode):
     def run(release):
@@ -400,7 +400,7 @@ def test_no_tensor():
 
 @pytest.mark.parametrize('mode', MODES)
 def test_constants(mode):
-    "What is no number is part of the cut"
+    "Arguments that are not numbers are part of the cut"
     @opaque
     def power(x, how, dtype=None, n=1):
         assert type(n) is int and type(how) is str

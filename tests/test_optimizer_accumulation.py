@@ -44,7 +44,7 @@ def life(name, mode, dtype=torch.float32, n=15, every=3, **kw):
     return res
 
 def in_turn(i, name, mode):
-    "Those of `CORE` in each mode, the others in one; Triton's interpreter for a few"
+    "By default optimizers of `CORE` run in each mode, the others in one, and a few in Triton's interpreter"
     return name in INTERPRETED if mode=='triton' else name in CORE or mode==MODES[i%3]
 
 @pytest.mark.parametrize('name,mode', [slow(n, m, when=not in_turn(i, n, m)) for i,n in enumerate(NAMES) for m in MODES])
@@ -204,7 +204,7 @@ class Moves(Callback):
 @pytest.mark.parametrize('release', [False, True])
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_callback(mode, release):
-    "`n_acc` counts samples: of batches of 16, 40 are reached by each third; the count goes on into the next epoch"
+    "`n_acc` counts samples: with batches of 16, every third reaches 40, and the count continues in the next epoch"
     with backend_of(mode): learn = learner(adam(**flags(mode)))
     moves = Moves()
     with backend_of(mode): learn.fit_one_cycle(2, .01, cbs=[OptimizerAccumulation(40), moves, *([GradientRelease()] if release else [])])

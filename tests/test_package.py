@@ -1,4 +1,4 @@
-"The package as a thing that is installed: metadata, generated files, what an import costs, what a wheel holds"
+"The installed package: metadata, generated files, the cost of an import, the contents of a wheel"
 import ast, importlib, json, os, re, subprocess, sys, tarfile, textwrap, zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -23,7 +23,7 @@ def code_cells(p): return [''.join(c['source']) for c in json.loads(p.read_text(
 def directive(cells, d): return [m for s in cells for m in re.findall(rf'^#\s*\|\s*{d}\b\s*(.*)$', s, re.M)]
 
 def python(code, **env):
-    "Run `code` in a process of its own, with the tree importable from anywhere; its last line of output, as JSON"
+    "Run `code` in a separate process that can import the tree; return its last line of output, read as JSON"
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', **env}
     r = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd=env.get('HOME', root))
     assert r.returncode==0, r.stderr[-3000:]
@@ -94,7 +94,7 @@ def test_notebook(p):
                          +'.py')).exists(), f'{p.name} says default_exp {exp[0]}, but there is no such module: run nbdev-export'
 
 def test_imports_have_cells_of_their_own():
-    "The documentation runs each cell with an import, and of the others only those that export: an import beside other code fails there"
+    "The documentation runs each cell with an import, and of the others only those that export: an import next to other code fails there"
     for p in notebooks():
         cells = code_cells(p)
         if not directive(cells, 'export[is]?'): continue

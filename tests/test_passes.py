@@ -60,7 +60,7 @@ def test_sum_min_max_and_a_function(mode):
 
 @every
 def test_first_and_last_and_in_a_row(mode):
-    "A Between may stand at either end, or after another one"
+    "A `Between` may come first, last, or after another one"
     seen = []
     def note(turn, **kwargs): seen.append(turn); return {'turn': turn+1}
     p = nn.Parameter(torch.ones(3))
@@ -98,7 +98,7 @@ def test_a_value_that_is_not_made_anew_does_not_count(mode):
 
 @every
 def test_state_that_was_replaced(mode):
-    "Another tensor in the place of a total, a new parameter, moved data: sums stay right"
+    "A total replaced by another tensor, a new parameter, moved data: the sums stay right"
     params = make_params(((3,),(2,2),()), torch.float64, big=False, channels_last=False)
     opt = clipping(two_groups(params), mode)
     for i in range(6):
@@ -203,7 +203,7 @@ def test_extra_arguments_and_closure(mode):
 
 @every
 def test_grad_scaler(mode):
-    "The scaler unscales and skips by itself, also where the fused mode could"
+    "The scaler itself unscales and skips, even where the fused mode could"
     def go(scaled):
         p = nn.Parameter(torch.ones(3))
         opt = clipping([p], mode, max_norm=.5)

@@ -205,7 +205,7 @@ def test_optimizer_accumulation(mode):
 
 @modes
 def test_round_it(mode):
-    "Lookahead and schedule-free go round rules, as round each of the algorithms"
+    "Lookahead and schedule-free work around rules as they do around each algorithm"
     for wrap in (lambda o: Lookahead(o, k=3), None):
         a,b = net(),net(); t = {nn.Embedding: adam(wd=.1), '*': sgd(mom=.9)}
         with backend_of(mode):
@@ -246,7 +246,7 @@ def hidden(p, lr, eps=1., **kwargs): p.data.sub_(p.grad.data, alpha=lr*eps)
 
 @modes
 def test_hyperparameters_of_others_are_hidden(mode):
-    "A stepper with a default of its own does not see what another algorithm calls the same"
+    "A stepper with its own default does not see another algorithm's hyperparameter of the same name"
     m = net(); ps = list(m.parameters())
     opt = make(m, {'*.bias': lambda p, lr, **kw: make_optimizer(p, [hidden], lr=lr, **kw), '*': adam(eps=1e-3)},
                mode); assert 'eps' in opt.hypers[0]

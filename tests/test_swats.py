@@ -32,7 +32,7 @@ def run(mode, n=30, skip=lambda i: (), **kw):
 KWS = {}, dict(sqr_mom=.9), dict(wd=.1), dict(wd=.1, decouple_wd=True)
 @pytest.mark.parametrize('kw,mode', [slow(kw, m, id=f'{kw}-{m}', when=m=='triton' and kw!=dict(wd=.1)) for kw in KWS for m in ALL_MODES])
 def test_against_the_reference(mode, kw):
-    "Groups switch in the course, each by itself (with weight decay as L2 one of them does not)"
+    "Groups switch separately during the run (with weight decay as L2 one of them does not)"
     rates = run(mode, **kw)
     at = [next((i for i,r in enumerate(rates) if r[j]), None) for j in (0,2)]
     assert at[0] is not None and 0 < at[0] < 28 and (at[1] is None) == (kw==dict(wd=.1)), at
