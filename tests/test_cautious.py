@@ -56,7 +56,7 @@ def test_who_refuses(): assert {n for n in NAMES if refused(n)} >= REFUSED and n
 
 @pytest.mark.parametrize('name', ['sgd','adam','lion'])
 def test_is_the_formula(name):
-    "Against the same optimizer without, step for step from the same state"
+    "Compared with the same optimizer without it, step by step from the same state"
     a = make_params(((9,),(4,5)), torch.float64, big=False, channels_last=False); b = copy_params(a)
     x,y,stream = make(name, a, wd=.1),make(name, b, wd=.1, cautious=False),GradStream(7)
     for i in range(10):

@@ -119,7 +119,7 @@ def test_centralize_round_fastais_own():
 # ---------------------------------------------------------------- one step
 @pytest.mark.parametrize('pair', ['lookahead(cautious(adam))','centralize(schedule_free(lion))','lookahead(cautious(centralize(rules)))'])
 def test_one_launch_when_fused(pair):
-    "For all parameters, and none more for a wrapper"
+    "One launch for all parameters, and no more with a wrapper"
     ps = [p for p in small(torch.float32) if p.ndim>1]
     with backend_of('fused'),warnings.catch_warnings():
         warnings.simplefilter('ignore') # of rules for what has fewer axes
@@ -176,7 +176,7 @@ def whole(p, **kwargs): pass
 whole.whole_model = True
 
 def test_refused_algorithms():
-    "By name; everything else in the registry goes, but for steps of several passes, and those that need more than a gradient"
+    "By name; everything else in the registry works, except steps of several passes and those that need more than a gradient"
     rows = [r for r in list_optimizers() if r.kind!='model' and not why_not(lambda f: f, r.factory())]
     no = {r.name:why for r in rows if (why := why_not(schedule_free, r.factory()))}
     assert set(no)=={'adabelief','apollo','madgrad','mars','swats','cadamw','clion','ranger','sgd_schedulefree','adamw_schedulefree',

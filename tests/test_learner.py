@@ -21,7 +21,7 @@ RTOL = 1e-4
 SCENARIOS = {}
 
 def scenario(opt, **kwargs):
-    "Register a training: `f(learn, path)` is run with a Learner in each mode; what it returns is compared too"
+    "Register a training: `f(learn, path)` runs with a Learner in each mode; its result is compared too"
     def _inner(f):
         SCENARIOS[f.__name__] = (f,opt,kwargs)
         return f
@@ -201,7 +201,7 @@ def early_stopping(learn, path):
     assert len(learn.record.valid_losses)==2 and len(learn.record.train_losses)==12
 
 class _ToImages(Callback):
-    "Inputs of fastai's own tensor class, as its vision pipelines give them"
+    "Inputs of fastai's tensor class, as its vision pipelines produce them"
     def before_batch(self): self.learn.xb = tuple(TensorImageBW(o) for o in self.xb)
 
 @scenario('adam')
@@ -222,7 +222,7 @@ def to_bf16(learn, path): _mixed(learn.to_bf16())
 def to_fp16(learn, path): _mixed(learn.to_fp16())
 
 class CPUMixedPrecision(MixedPrecision):
-    "fastai's callback with autocast and loss scaling of the CPU"
+    "fastai's callback with autocast and loss scaling for the CPU"
     def before_fit(self):
         dtype = torch.bfloat16 if self.amp_mode==AMPMode.BF16 else torch.float16
         self.autocast,self.scales = autocast('cpu', dtype=dtype),L()
@@ -300,7 +300,7 @@ CHECKPOINTED = dict(adam=4e-3, ranger=8e-3, larc=.2)
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    "A training of ten steps saved in a mode: folder, and losses of an epoch more"
+    "Train for ten steps in a mode and save: the folder, and the losses of one more epoch"
     def _inner(name, mode):
         path = tmp_path_factory.mktemp(f'{name}_{mode}')
         learn = learner(name, mode, path, dls_kw=dict(n_train=320))
@@ -333,7 +333,7 @@ def test_save_and_load_across_modes(saved, name, mode, into):
 
 @interpreted_slow(ALL_MODES)
 def test_state_matters(saved, mode):
-    "Without the optimizer's state the losses are others: the comparison above sees what it is meant to"
+    "Without the optimizer's state the losses differ, so the comparison above depends on it"
     path,after = saved('adam', mode)
     learn = learner('adam', mode, path)
     with no_warnings(_numpy): learn.load('ten', with_opt=False)

@@ -121,7 +121,7 @@ def test_all_covers_every_module():
             assert everything.get(n, everything) is getattr(m, n), f'fastxtend_opt.all has no {n}, or another one than {dotted(p)}'
 
 def test_all_replaces_only_optimizers():
-    "`from fastai.vision.all import *` and then ours: nothing of fastai's may be lost but the optimizers"
+    "`from fastai.vision.all import *` and then ours: of fastai's names only the optimizers may be replaced"
     try: fa = vars(importlib.import_module('fastai.vision.all'))
     except RuntimeError as e: pytest.skip(f'fastai.vision does not import, as torchvision does not fit torch here: {e}')
     ours = vars(importlib.import_module('fastxtend_opt.all'))
@@ -147,7 +147,8 @@ _cost = '''
 '''
 
 def test_import_is_cheap_and_touches_nothing(tmp_path):
-    "Less than 0.3 s beyond fastai; no process, library, file or peer. The best of three, as the machine may be busy"
+    """An import takes less than 0.3 s beyond fastai and starts no process, loads no library or peer, writes no file. The best of three
+    counts, because the machine may be busy"""
     cache,home = tmp_path/'cache',tmp_path/'home'
     home.mkdir()
     best = 9.
@@ -178,7 +179,7 @@ def test_console_script_is_the_same_command():
 # --- distributions -------------------------------------------------------------------------------
 
 def _tracked():
-    "The files that belong to the project, whether or not this is a git clone"
+    "The project's files, in a git clone or not"
     r = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=root, capture_output=True, text=True)
     if r.returncode==0 and r.stdout: return [o for o in r.stdout.splitlines() if (root/o).is_file()]
     skip = {'.venv','.git','_proc','_site_preview','build','dist','.cache'}

@@ -1,5 +1,5 @@
-"""Rules by name and kind of layer: each parameter is stepped as by its own optimizer, to the last bit, in every mode; groups, schedules,
-freezing, checkpoints and the Learner work on."""
+"""Rules by name and kind of layer: each parameter is stepped as by its own optimizer, bit for bit, in every mode. Groups, schedules,
+freezing, checkpoints and the Learner still work."""
 import copy,pickle,warnings
 import pytest,torch
 from fastai.learner import load_learner
@@ -133,7 +133,7 @@ def test_state_stays_and_checkpoints_resume(mode):
 
 @modes
 def test_state_that_was_thrown_away_by_hand(mode):
-    "A parameter without its number would be left alone without a word"
+    "A parameter without its number would silently not be stepped"
     m = net(); opt = go(make(m, TABLE, mode), range(2)); before = values(m.parameters())
     opt.state = {}; go(opt, [2])
     del opt.state[m[1].weight]; go(opt, [3])
@@ -223,7 +223,7 @@ def test_round_it(mode):
 
 @modes
 def test_groups_that_agree_after_a_step(mode):
-    "SWATS twice, with two tolerances: a rate for the tensors of each"
+    "SWATS twice, with two tolerances: one rate for the tensors of each"
     a,b = net(),net(); opt = make(a, {'0.*|1.*': swats(switch_tol=1.), '*': swats(switch_tol=.5)}, mode)
     with backend_of(mode): subs = [SWATS(list(b[:2].parameters()), lr=.01, switch_tol=1., **flags(mode)),
                                    SWATS(list(b[2:].parameters()), lr=.01, switch_tol=.5, **flags(mode))]
@@ -254,7 +254,7 @@ def test_hyperparameters_of_others_are_hidden(mode):
 
 @pytest.mark.parametrize('mode', ['native','foreach','fused'])
 def test_muon_decides_in_view_of_the_whole_model(mode):
-    "Rules for some of its matrices, and Adam for others, change nothing of which Muon takes; all in one optimizer is as alone"
+    "Rules for some of its matrices, and Adam for others, don't change which parameters Muon takes; one rule for all is the optimizer alone"
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

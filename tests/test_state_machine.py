@@ -53,7 +53,7 @@ class Life(RuleBasedStateMachine):
         if hasattr(self, 'threads'): torch.set_num_threads(self.threads)
 
     def let_go(self, side, t):
-        "Remember a tensor of the mode's side that it uses no more, with its values"
+        "Remember a tensor that the mode no longer uses, with its values"
         if not side.native and t is not None: self.gone.append((t, t.detach().clone()))
 
     # -------- the step, and what must hold after it
@@ -175,7 +175,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.casts)
     @rule(to=st.sampled_from([torch.float32, torch.float64]), grads=st.booleans())
     def cast(self, to, grads):
-        "`model.to(dtype)`: state stays as it is; grads go along, or stay, which leaves them in another dtype"
+        "`model.to(dtype)`: the state stays as it is; gradients are cast too, or keep their dtype"
         for s in self.sides:
             for p in s.params:
                 self.let_go(s, p.data)

@@ -163,7 +163,7 @@ def test_a_schedule_makes_no_new_kernel(monkeypatch):
 # the generator of stochastic rounding wraps around, as it has to
 @pytest.mark.parametrize('kw', [dict(dtype=torch.bfloat16, state_dtype=torch.float32, kahan_sum=False), {}], ids=['bf16','f32'])
 def test_integers_do_not_overflow(kw, monkeypatch):
-    "conftest.py switches the interpreter's search for this off, which takes a third of its time and without `debug` says nothing"
+    "conftest.py turns off the interpreter's own check, which takes a third of its time and reports nothing without `debug`"
     from triton.runtime import interpreter as ti
     monkeypatch.setattr(ti.interpreter_builder, 'options', replace(ti.interpreter_builder.options, sanitize_overflow=True, debug=True))
     kw = dict(kw)
@@ -305,7 +305,7 @@ def test_grad_scaler_asks_only_where_it_was_told():
 
 @pytest.mark.parametrize('inf', [False, True])
 def test_grad_scaler_with_parameters_that_have_gaps(inf):
-    "A parameter without a kernel takes the plain way, with all the others"
+    "With a parameter that has no kernel, all parameters are unscaled in the ordinary way"
     def run(mode):
         base = torch.ones(6,6)
         params = [nn.Parameter(base[:,:3]), nn.Parameter(torch.ones(4))]
