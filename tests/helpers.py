@@ -236,8 +236,9 @@ class NudgedStream(GradStream):
     "The same gradients, each moved up or down by one representable step of `dtype`"
     def __init__(self, seed=0, spikes=(), dtype=torch.float32): super().__init__(seed, spikes); self.dtype = dtype
     def values(self, p, i, j):
-        v,gen = super().values(p, i, j),torch.Generator().manual_seed(7*self.seed + 1013*i + j)
-        return v*(1 + torch.finfo(self.dtype).eps*(2*torch.randint(2, v.shape, generator=gen).double() - 1))
+        v,gen = super().values(p, i, j).to(self.dtype),torch.Generator().manual_seed(7*self.seed + 1013*i + j)
+        far = torch.where(torch.randint(2, v.shape, generator=gen)==0, -torch.inf, torch.inf).to(self.dtype)
+        return torch.where(v==0, v, torch.nextafter(v, far)).double() # a gradient of zero stays zero
 
 def two_groups(params):
     "Two layer groups, as fastai's splitters make them"
