@@ -129,7 +129,9 @@ def test_own_modes(optimizer):
 
 
 def test_python_cost():
-    c = B.python_cost(rounds=2)
+    for _ in range(3): # a busy machine may make the longer step the faster one
+        c = B.python_cost(rounds=2)
+        if c['us_param']>0 and c['us_cohort']>0: break
     assert set(c['ms'])=={'1000 tensors, 1 groups','4000 tensors, 1 groups','1000 tensors, 101 groups'}
     assert c['us_param']==pytest.approx((c['ms']['4000 tensors, 1 groups']-c['ms']['1000 tensors, 1 groups'])/3)
     assert 0<c['us_param']<50 and 0<c['us_cohort']<5000

@@ -100,7 +100,7 @@ def test_low_precision(mode, kw):
     for a,b in zip(low['params'], full['params']): assert (a.float()-b).abs().max() < .03
     assert any('kahan_comp' in s for s in low['opt']['state']) == ('stochastic_rounding' not in kw)
 
-@all_modes
+@interpreted_slow(ALL_MODES)
 def test_small_steps_add_up_in_bfloat16(mode):
     "Steps far below the last bit of the weights are masked and kept in the compensation"
     p = nn.Parameter(torch.full((64,), 2., dtype=torch.bfloat16))
