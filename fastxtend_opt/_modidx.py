@@ -2373,6 +2373,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                       'fastxtend_opt/training/low_precision.py'),
                                                       'fastxtend_opt.training.low_precision._hook': ( 'training/low_precision.html#_hook',
                                                                                                       'fastxtend_opt/training/low_precision.py'),
+                                                      'fastxtend_opt.training.low_precision._keeps': ( 'training/low_precision.html#_keeps',
+                                                                                                       'fastxtend_opt/training/low_precision.py'),
                                                       'fastxtend_opt.training.low_precision._tensors': ( 'training/low_precision.html#_tensors',
                                                                                                          'fastxtend_opt/training/low_precision.py'),
                                                       'fastxtend_opt.training.low_precision.to_low_precision': ( 'training/low_precision.html#to_low_precision',

@@ -89,7 +89,8 @@ class NativeOptimizer(StepOptimizer):
         self._fix_state()
         self._check_tensors(lambda twin: twin._step(extra))
         some = self._harmless(extra) if self._accumulation else {}
-        for p,_,state,hyper in self.all_params(with_grad=True): self.state[p] = self._step_one(p, state, {**hyper, **extra}, some.get(p, self.cbs))
+        for p,_,state,hyper in self.all_params(with_grad=True):
+            self.state[p] = self._step_one(p, state, {**hyper, **extra}, some.get(p, self.cbs))
 
     def _step_one(self, p, state, hyper, cbs):
         "Step `p`; returns its new state"
@@ -119,7 +120,8 @@ class NativeOptimizer(StepOptimizer):
             if p.grad.shape != p.shape or p.grad.device != p.device: check_tensors(p, p.grad)
             check_memory(p, 'parameter')
             check_memory(p.grad, 'gradient', written=False)
-            if not is_plain(p, p.grad): odd[id(p), type(p), type(p.grad), p.grad.layout, tuple(state.get(p, ())), tuple(self.cbs), self._accumulation] = p
+            if not is_plain(p, p.grad):
+                odd[id(p), type(p), type(p.grad), p.grad.layout, tuple(state.get(p, ())), tuple(self.cbs), self._accumulation] = p
         new = [p for key,p in odd.items() if key not in self._plan_tried]
         if self._trial or not new: return
         try:
