@@ -51,7 +51,7 @@ MUTATIONS = [
         'key = c.slots,tuple(c.numbers.items()),tuple(hyper.items()),*args', 'key = c.slots,tuple(c.numbers.items()),tuple(hyper),*args',
         'tests/test_gradient_release.py'),
     bug('load_state', 'loading drops the step counter',
-        'for k,v in st.items()} for p,st in zip(ps, state)})', "for k,v in st.items() if k != 'step'} for p,st in zip(ps, state)})",
+        'copy.copy(v) for k,v in state.items()}', "copy.copy(v) for k,v in state.items() if k != 'step'}",
         MATRIX, '-k', 'checkpoint and adam'),
     # algorithms
     bug('sign', 'Lookahead moves the slow weights away from the fast ones',

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/optimizer/native.ipynb #a9a5a503
 from __future__ import annotations
-import zlib
 from types import SimpleNamespace
 import torch
 from ..engine.cohort import check_tensors, make_cohorts
@@ -31,9 +30,7 @@ def _watch(t): return t if (w := _wide(t)) is t else torch.Tensor._make_subclass
 class _StoringNow(_Storing):
     "What the tape notes down about rounding, done at once"
     def __init__(self, state, low): super().__init__(None, state, low)
-    def sround(self, t, name):
-        self.numbers = dict(sr_seed=self.seed, sr_step=(self.step+1) % 2**24)
-        return sround_bfloat16(t, float(self.seed), float(self.step), float(zlib.crc32(name.encode()) % 2**24))
+    def _rounded(self, t, salt): return sround_bfloat16(t, float(self.seed), float(self.step), float(salt))
 
 # %% ../../nbs/optimizer/native.ipynb #895da0f4
 class _LowStep:
