@@ -343,14 +343,16 @@ def rows_of(a, model):
 
 def bytes_of(opt, p, n, reduction, every):
     "Bytes that a step has to move, by the states that it holds; a reduction reads them once more"
-    from fastxtend_opt.tools.benchmark import _state_count, step_bytes
-    full,slow = _state_count(opt, p)
+    from fastxtend_opt.tools.bench.overhead import count_states
+    from fastxtend_opt.tools.bench.traffic import step_bytes
+    full,slow = count_states(opt, p)
     return n*step_bytes(full, p.element_size(), reduction, every if slow else 0)
 
 def case(a, dev, model, optimizer, dtype, copy_gbps, out):
     import torch
     from fastxtend_opt.definition.registry import get_optimizer
     from fastxtend_opt.tools import benchmark as b
+    from fastxtend_opt.tools.bench.contestants import settings
     pset = b.ParamSet(rows_of(a, model), device=dev.device, dtype=dtype)
     pset.saved = None # gradients are not zeroed here
     n,size = pset.elements,sum(p.numel()*p.element_size() for p in pset.params)
@@ -358,7 +360,7 @@ def case(a, dev, model, optimizer, dtype, copy_gbps, out):
     found,missing = b.contestants(optimizer, modes, ('torch','optimi') if not a.interpret else ('torch',), gpu=not a.interpret)
     if model == 'matrices': found = [c for c in found if c.mode in ('fused','foreach','triton','native')]
     out['missing'] += [dict(model=model, optimizer=optimizer, who=w, why=y) for w,y in missing]
-    every,turns,skipped = b._settings.get(optimizer, {}).get('k', 1),{},[]
+    every,turns,skipped = settings.get(optimizer, {}).get('k', 1),{},[]
     for c in sorted(found, key=lambda c: c.mode != 'fused'): # where memory is short, the fused ones come first
         if dev.free() < 6*size + 2**30: skipped.append(c.label); continue
         try:
@@ -389,7 +391,7 @@ def case(a, dev, model, optimizer, dtype, copy_gbps, out):
 
 def part_models(a, dev, out, left):
     import torch
-    from fastxtend_opt.tools.benchmark import _no_gc
+    from fastxtend_opt.tools.bench.turns import without_gc
     cases = [(m, o, torch.float32) for m in a.models for o in a.optimizers]
     first = [c for c in cases if c[1]=='adam' or c[0] in ('xresnet50','deberta_base')] # what the goals speak of
     first.sort(key=lambda c: c[:2] != ('matrices','adam'))
@@ -397,7 +399,7 @@ def part_models(a, dev, out, left):
     for m,o,d in cases:
         if left() < 8: out['not_run'].append(f'models: {m} {o} {str(d)[6:]}'); continue
         try:
-            with _no_gc(): case(a, dev, m, o, d, out['machine']['copy_gbps'], out)
+            with without_gc(): case(a, dev, m, o, d, out['machine']['copy_gbps'], out)
             dev.clear()
         except Exception as e: out['not_run'].append(f'models: {m} {o}: {type(e).__name__}: {e}'[:300])
         out['save']()
@@ -458,7 +460,8 @@ def goals(out):
     return res
 
 def report(out):
-    from fastxtend_opt.tools.benchmark import _f, _md, list_models
+    from fastxtend_opt.tools.bench.format import format_number as _f, markdown_table as _md
+    from fastxtend_opt.tools.bench.models import list_models
     titles = {**list_models(), 'matrices':'16 matrices, 1e9 elements'}
     m = out['machine']
     s = [f"# Fused on a GPU\n\n{m['device']}, {m['memory_gb']:.0f} GB; a copy on the device moves {m['copy_gbps']:,.0f} GB/s. {m['when']}; " + ', '.join(f'{k} {v}' for k,v in m['versions'].items()) + '\n']
@@ -483,7 +486,8 @@ def plot(out, path):
     import matplotlib
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
-    from fastxtend_opt.tools.benchmark import _colors, _markers, list_models
+    from fastxtend_opt.tools.bench.models import list_models
+    from fastxtend_opt.tools.bench.report import colors, markers
     rows = [r for r in out['rows'] if r['dtype']=='float32']
     opts,titles = list(dict.fromkeys(r['optimizer'] for r in rows)),{**list_models(), 'matrices':'16 matrices, 1e9'}
     models = [m for m in MODELS if any(r['model']==m for r in rows)]
@@ -494,7 +498,7 @@ def plot(out, path):
         for y,m in enumerate(models):
             for r in (r for r in rows if (r['optimizer'],r['model'])==(o,m)):
                 own = r['lib']=='fastxtend_opt'
-                seen.setdefault(r['contestant'], ax.plot(r['gpu_ms'], y, _markers.get(r['mode'],'P'), color=_colors.get(r['lib'],'#17becf'), ms=8 if own else 5.5, mec='white', mew=.6, zorder=3+own)[0])
+                seen.setdefault(r['contestant'], ax.plot(r['gpu_ms'], y, markers.get(r['mode'],'P'), color=colors.get(r['lib'],'#17becf'), ms=8 if own else 5.5, mec='white', mew=.6, zorder=3+own)[0])
             least = [r['bytes']/out['machine']['copy_gbps']/1e6 for r in rows if (r['optimizer'],r['model'],r['contestant'])==(o,m,'fastxtend_opt fused')]
             if least: seen.setdefault('its bytes at copy bandwidth', ax.plot([least[0]]*2, [y-.38,y+.38], color='black', lw=1.6, zorder=1)[0])
         ax.set_xscale('log'); ax.set_yticks(range(len(models)), [titles.get(m, m) for m in models], fontsize=8.5); ax.set_title(o, fontsize=10); ax.set_xlabel('GPU time of a step, ms', fontsize=8.5)

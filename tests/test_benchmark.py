@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 
+import fastxtend_opt.all # before a test patches what it imports
 from fastxtend_opt.tools import benchmark as B
+from fastxtend_opt.tools.bench import catalogue,contestants,models,steps
 from fastxtend_opt.tools.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +49,7 @@ def test_turns(monkeypatch):
         def step(self): log.append(self.name)
         def zero_grad(self): log.append(self.name+' zero')
     cs = [B.Contestant('torch', k, lambda pset, lr, k=k: Opt(k)) for k in 'abc']
-    monkeypatch.setattr(B, 'contestants', lambda *a, **k: (cs, []))
+    monkeypatch.setattr(steps, 'contestants', lambda *a, **k: (cs, []))
     res = B.bench_case(TINY['tiny'], rounds=4, warmup=0, limit=False)
     log = [o for o in log[3:] if 'zero' not in o] # the first three are first steps
     assert [''.join(log[i:i+3]) for i in range(0, 12, 3)]==['abc','bca','cab','abc']
@@ -74,7 +76,7 @@ def test_missing_peer_is_a_line(monkeypatch):
             if Bad.n>2: raise RuntimeError('tired')
         def zero_grad(self): pass
     def tired(name): return [B.Contestant('torch', 'tired', lambda pset, lr: Bad())]
-    monkeypatch.setattr(B, 'bench_peers', dict(gone=gone, broken=broken, tired=tired))
+    monkeypatch.setattr(contestants, 'bench_peers', dict(gone=gone, broken=broken, tired=tired))
     res = B.bench_steps(TINY, 'adam', (), ('gone','broken','tired'), rounds=3, warmup=0, limit=False, progress=False)
     assert [r['contestant'] for r in res['rows']]==['fastai native']
     assert {m['who']:m['why'] for m in res['missing']}=={'gone':"ImportError: No module named 'nobody'",
@@ -138,8 +140,8 @@ def test_limit_touches_all_and_changes_nothing():
     lim.step()
     assert all(torch.equal(a, p) for a,p in zip(before, ps.params))
     assert sum(n for _,_,n in lim.chunks)==33035
-    with pytest.raises(ValueError, match='a count of states >= 0, or one for each of the 2 parameters'): B.MemoryLimit(ps, -1)
-    with pytest.raises(ValueError, match='one for each of the 2 parameters'): B.MemoryLimit(ps, [1])
+    with pytest.raises(ValueError, match='give a number of states >= 0, or a list with one entry for each of the 2 parameters'): B.MemoryLimit(ps, -1)
+    with pytest.raises(ValueError, match='one entry for each of the 2 parameters'): B.MemoryLimit(ps, [1])
 
 
 @pytest.mark.parametrize('written', [0, 1, 3, 4, 5, 9])
@@ -252,7 +254,7 @@ def test_catalogue_resumes(tmp_path, monkeypatch):
         asked.append(o)
         if o=='lamb' and asked.count('lamb')==1: raise KeyboardInterrupt
         return real(model, o, *a, **k)
-    monkeypatch.setattr(B, 'bench_case', case)
+    monkeypatch.setattr(catalogue, 'bench_case', case)
     run = lambda **kw: B.bench_catalogue(tmp_path, model=ONE, modes=('foreach','fused'), peers=('torch',), rounds=2, warmup=0, progress=False, **kw)
     with pytest.raises(KeyboardInterrupt): run()
     half = json.loads((tmp_path/'catalogue.json').read_text())
@@ -284,13 +286,13 @@ def test_catalogue_by_hand():
         return dict(contestant=who, lib=lib, mode=mode, step=dict(median=ms), bytes_per_element=bytes_)
     rows = [row('fastai native', 100.), row('fastxtend_opt native', 90.), row('fastxtend_opt foreach', 50.), row('fastxtend_opt jit', 40.), row('fastxtend_opt fused', 20.),
             row('torch loop', 60.), row('torch fused', 22.), row('timm foreach', 45.), row('memory limit', 14.)]
-    e = B._catalogue_entry(dict(rows=rows, missing=[dict(who='po', why='gone', optimizer='adam')]), get_optimizer('adam'), [1.,1.,1.], 3.)
+    e = catalogue._catalogue_entry(dict(rows=rows, missing=[dict(who='po', why='gone', optimizer='adam')]), get_optimizer('adam'), [1.,1.,1.], 3.)
     assert e['of_limit']==.7 and e['of_limit_goal']==.75 and e['of_limit_reached'] is False
     assert e['best_peer']=='torch fused' and e['vs_best_peer']==dict(foreach=22/50, jit=22/40, fused=1.1) and e['none_slower'] is False
     assert e['best_unfused_peer']=='timm foreach' and e['vs_best_unfused_peer']==dict(foreach=.9, jit=45/40, fused=2.25)
-    lamb = B._catalogue_entry(dict(rows=rows, missing=[]), get_optimizer('lamb'), None, 3.)
+    lamb = catalogue._catalogue_entry(dict(rows=rows, missing=[]), get_optimizer('lamb'), None, 3.)
     assert lamb['of_limit_goal']==.6 and lamb['of_limit_reached'] is True
-    alone = B._catalogue_entry(dict(rows=rows[:5], missing=[]), get_optimizer('adam'), None, 3.) # neither peer nor limit: neither reached nor missed
+    alone = catalogue._catalogue_entry(dict(rows=rows[:5], missing=[]), get_optimizer('adam'), None, 3.) # neither peer nor limit: neither reached nor missed
     assert alone['best_peer'] is None and alone['none_slower'] is None and alone['of_limit_reached'] is None
     text = B.catalogue_report(dict(optimizers=dict(adam=e, lamb=lamb, alone=alone), model='custom', complete=True, rounds=1, machine=B.machine_info()))
     assert '| adam | elementwise | 28 | 20 | 14 | 0.70 | >= 0.75 | **no** |' in text and '| lamb | reduction | 28 | 20 | 14 | 0.70 | >= 0.6 | yes |' in text
@@ -322,12 +324,12 @@ def test_layer_groups_and_weight_decay():
 
 
 def test_stored_shapes():
-    for name,m in B._shapes().items():
+    for name,m in models._shapes().items():
         rows = B.model_rows(name)
         assert len(rows)==m['tensors'] and sum(torch.Size(s).numel() for _,_,s in rows)==m['elements'], name
         assert m['how'] and {d for _,d,_ in rows}=={0,1}
     assert set('xresnet18 xresnet34 xresnet50 xresnet101 xse_resnext50 convnext_tiny convnext_small vit_s16 deberta_base mlp2000'.split()) \
-        <= set(B._shapes())
+        <= set(models._shapes())
     mlp = B.model_rows('mlp2000')
     assert len(mlp)==4000 and mlp[:2]==[(0,1,(32,32)), (0,0,(32,))]
 
@@ -356,7 +358,7 @@ def test_goals_by_hand():
     assert gs['x torch fused, with zero_grad','xresnet50 adam']['at_least']==.8
     assert gs['x torch fused','xresnet50 adam']['at_limit']==22/16
     assert gs['x fastai','xresnet50 adam']['reached'] and gs['x fastai','mlp2000 adam']['reached'] is None
-    assert gs['Python, us a parameter','adam']['reached'] and not gs['Python, us a cohort','adam']['reached']
+    assert gs['Python, us per parameter','adam']['reached'] and not gs['Python, us per cohort','adam']['reached']
 
 
 def test_memory_of_a_step():
@@ -383,7 +385,7 @@ def test_files(result, tmp_path):
 
 
 def test_nobody_ran(tmp_path, monkeypatch):
-    monkeypatch.setattr(B, 'contestants', lambda *a, **k: ([], [('everybody', 'gone')]))
+    monkeypatch.setattr(steps, 'contestants', lambda *a, **k: ([], [('everybody', 'gone')]))
     res = B.bench_steps(TINY, rounds=1, warmup=0, limit=False, progress=False)
     assert [f.name for f in B.save_result(res, tmp_path)]==['steps.json','steps.md']
     assert '- everybody (adam): gone' in (tmp_path/'steps.md').read_text()

@@ -2,7 +2,10 @@
 import json
 
 import pytest,torch
+from fastxtend_opt.algorithms.muon import muon
 from fastxtend_opt.tools import benchmark as B
+from fastxtend_opt.tools.bench import matrices
+from fastxtend_opt.tools.bench.contestants import fastai_style
 from fastxtend_opt.tools.cli import main
 
 SMALL = B.matrix_cases[0]._replace(rows=lambda: [(0,1,(16,8)), (0,1,(8,16))], model='two matrices', modes=('native','foreach'))
@@ -16,7 +19,8 @@ def test_cases_are_complete():
 def test_muon_case_is_the_same_algorithm():
     "Ours and torch's go the same way, as far as bfloat16 lets them"
     ends = []
-    for c in (B.Contestant('fastxtend_opt', 'foreach', lambda ps, lr: B._fastai_style(B.importlib.import_module('fastxtend_opt.algorithms.muon').muon(foreach=True, **SMALL.hypers), ps, lr)), B._peer_of(SMALL, .01)):
+    def _ours(pset, lr): return fastai_style(muon(foreach=True, **SMALL.hypers), pset, lr)
+    for c in (B.Contestant('fastxtend_opt', 'foreach', _ours), matrices._peer_of(SMALL, .01)):
         ps = B.ParamSet(SMALL.rows())
         before,opt = [p.detach().clone() for p in ps.params],c.make(ps, 1e-2)
         for t in range(5): ps.restore(); opt.step()
@@ -46,10 +50,10 @@ def test_missing_ones_are_named():
     assert [m['who'] for m in res['missing']] == ['fastxtend_opt nobody'] and "no optimizer 'nobody'" in res['missing'][0]['why'] and res['goal']['value'] is None
     res = B.bench_matrix_case(SMALL._replace(lib='not_a_library'), 1, 0)
     assert 'not_a_library' in res['missing'][0]['why'] and [r['vs_peer'] for r in res['rows']] == [None]*2
-    with pytest.raises(ValueError, match="'adam' has no case: there are muon"): B.bench_matrices('adam')
+    with pytest.raises(ValueError, match="'adam' has no case. Those that have one: muon"): B.bench_matrices('adam')
 
 def test_report_files_and_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(B, 'matrix_cases', [SMALL, SMALL._replace(name='Nobody', optimizer='nobody')])
+    monkeypatch.setattr(matrices, 'matrix_cases', [SMALL, SMALL._replace(name='Nobody', optimizer='nobody')])
     assert main(['bench','--matrices','--rounds','1','--warmup','0','--out',str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert '| Muon, bfloat16 | foreach | torch Muon |' in said and '- Nobody, fastxtend_opt nobody:' in said and 'written:' in said
