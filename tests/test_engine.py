@@ -222,13 +222,12 @@ def test_grads_are_not_kept_alive():
 
 def test_compiler_without_openmp(monkeypatch, tmp_path):
     "As Apple's clang: the kernel is built on std::thread, and gives the same"
-    import subprocess
     from fastxtend_opt.engine import build, cpp
-    real,seen = subprocess.run,[]
-    def run_(args, **kwargs):
+    real,seen = build._run_compiler,[]
+    def run_(args, folder):
         seen.append('-fopenmp' in args)
-        return subprocess.CompletedProcess(args, 1, '', 'unsupported option -fopenmp') if seen[-1] else real(args, **kwargs)
-    monkeypatch.setattr(build.subprocess, 'run', run_)
+        return ('unsupported option -fopenmp', 1) if seen[-1] else real(args, folder)
+    monkeypatch.setattr(build, '_run_compiler', run_)
     monkeypatch.setenv('FASTXTEND_OPT_CACHE', str(tmp_path))
     monkeypatch.setattr(build, '_libs', {}); monkeypatch.setattr(cpp, '_kernels', {})
     n = torch.get_num_threads()

@@ -182,12 +182,14 @@ def test_wheel_and_sdist(tmp_path):
     v = settings()['version']
     whl,sdist = tmp_path/'dist'/f'fastxtend_opt-{v}-py3-none-any.whl', tmp_path/'dist'/f'fastxtend_opt-{v}.tar.gz'
     with zipfile.ZipFile(whl) as z: names,meta,entry = z.namelist(), z.read(f'fastxtend_opt-{v}.dist-info/METADATA').decode(), z.read(f'fastxtend_opt-{v}.dist-info/entry_points.txt').decode()
-    for p in [*lib.rglob('*.py'), *lib.rglob('data/*.json')]: assert p.relative_to(root).as_posix() in names, f'the wheel lacks {p}'
+    for p in [*lib.rglob('*.py'), *lib.rglob('data/*.json'), *lib.rglob('csrc/*')]: assert p.relative_to(root).as_posix() in names, f'the wheel lacks {p}'
     assert any(n.endswith('data/shapes.json') for n in names)
+    sources = [f'fastxtend_opt/engine/csrc/{n}' for n in ('prelude.h','vector_math.h','axes.h','reader.cpp')]
+    for n in sources: assert n in names, f'the wheel lacks {n}'
     assert not [n for n in names if not n.startswith(('fastxtend_opt/', 'fastxtend_opt-'))], 'the wheel holds more than the package'
     for text in ('License-Expression: Apache-2.0', f"Summary: {settings()['description']}", f"Requires-Python: >={settings()['min_python']}", 'Provides-Extra: bench', 'Provides-Extra: dev'):
         assert text in meta
     assert {re.match(r'[\w.-]+', o)[0] for o in settings()['requirements'].split()} == {re.match(r'[\w.-]+', o)[0] for o in re.findall(r'^Requires-Dist: (?!.*extra)(.+)$', meta, re.M)}
     assert 'fastxtend-opt = fastxtend_opt.tools.cli:main' in entry and 'fastxtend_opt = fastxtend_opt._modidx:d' in entry
     with tarfile.open(sdist) as t: names = [n.partition('/')[2] for n in t.getnames()]
-    for n in ('settings.ini','setup.py','pyproject.toml','README.md','LICENSE','CHANGELOG.md','fastxtend_opt/tools/data/shapes.json','nbs/index.ipynb','tests/test_package.py','tools/render_site.py'): assert n in names, f'the sdist lacks {n}'
+    for n in (*sources, 'settings.ini','setup.py','pyproject.toml','README.md','LICENSE','CHANGELOG.md','fastxtend_opt/tools/data/shapes.json','nbs/index.ipynb','tests/test_package.py','tools/render_site.py'): assert n in names, f'the sdist lacks {n}'

@@ -9,6 +9,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 import torch
 from fastcore.foundation import L
+from ..engine.cohort import freed
 from .passes import dry_run
 
 # %% auto #0
@@ -31,7 +32,7 @@ def check_memory(
     "`ValueError` if `t` can't be read, or can't be written to"
     if not is_plain(t) or not t.numel() or t.device.type == 'meta': return
     shape = f"of shape {tuple(t.shape)}"
-    if not t.untyped_storage().size(): # a view then still has an address: its offset
+    if freed(t):
         raise ValueError(f"{what} {shape}: its memory was freed. Libraries that shard parameters do that between uses: "
                          "step the shards, or gather the parameter before the step. No parameter was changed.")
     if written and any(st == 0 and n > 1 for st,n in zip(t.stride(), t.shape)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import zlib
 from types import SimpleNamespace
 import torch
-from ..engine.cohort import check_tensors, make_cohorts
+from ..engine.cohort import check_tensors, freed, make_cohorts
 from ..engine.ops import sround_bfloat16
 from ..engine.kinds import kind_of, NeedsShape, TapeSlot, UnsupportedError
 from ..engine.trace import _Storing, trace_steppers
@@ -119,6 +119,8 @@ class NativeOptimizer(StepOptimizer):
             if p.grad.shape != p.shape or p.grad.device != p.device: check_tensors(p, p.grad)
             check_memory(p, 'parameter')
             check_memory(p.grad, 'gradient', written=False)
+            for k,v in state.get(p, {}).items():
+                if isinstance(v, torch.Tensor) and freed(v): check_memory(v, f"state '{k}'")
             if not is_plain(p, p.grad): odd[id(p), type(p), type(p.grad), p.grad.layout, tuple(state.get(p, ())), tuple(self.cbs), self._accumulation] = p
         new = [p for key,p in odd.items() if key not in self._plan_tried]
         if self._trial or not new: return
