@@ -14,6 +14,7 @@ from fastcore.all import GetAttr
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNativeMixedPrecision
 from fastai.optimizer import Optimizer
+from .averaged_weights import ScheduleFreeOptimizer
 from .optimizer_accumulation import OptimizerAccumulation
 
 # %% ../../nbs/training/extra_pass.ipynb #1d5b125a
@@ -112,7 +113,7 @@ class SecondGradient(Optimizer, GetAttr):
         for o in opt_layers(opt):
             if isinstance(o, SecondGradient): raise ValueError(f"{name} round {type(o).__name__}: each asks for a second gradient of its own, and what the two together should be is not defined. Keep one of them.")
             if hasattr(o, 'hutchinson'): raise ValueError(f"{name} round AdaHessian: the estimate of the Hessian needs the graph of the gradient that the step takes, and the weights change between the two. Take another optimizer.")
-            if hasattr(o, '_averaged'): raise ValueError(f"{name} round a schedule-free optimizer is not supported: it keeps two sequences of weights, and which of them the second pass should start from is not defined. Take one with a schedule.")
+            if isinstance(o, ScheduleFreeOptimizer): raise ValueError(f"{name} round a schedule-free optimizer is not supported: it keeps two sequences of weights, and which of them the second pass should start from is not defined. Take one with a schedule.")
         self.opt = opt
 
     @property
