@@ -23,11 +23,14 @@ from .engine.launch import *
 from .engine.triton_launch import *
 from .optimizer.steppers import *
 from .optimizer.passes import *
+from .optimizer.state import *
+from .optimizer.checks import *
 from .optimizer.base import *
 from .optimizer.storage import *
 from .optimizer.native import *
 from .optimizer.plan import *
 from .optimizer.traced import *
+from .optimizer.amp import *
 from .optimizer.fused import *
 from .definition.hypers import *
 from .definition.groups import *

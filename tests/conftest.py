@@ -19,12 +19,12 @@ def _session_cache():
 # pytest-xdist's workers inherit the controller's environment, so that each kernel is built once a session
 if 'PYTEST_XDIST_WORKER' not in os.environ: os.environ['FASTXTEND_OPT_CACHE'] = _session_cache()
 
-import pytest,torch
+import helpers,pytest,torch
 from fastxtend_opt.engine import build,triton_launch
 from fastxtend_opt.optimizer.passes import dry_run
 from fastxtend_opt.definition.make import MODES
 from fastxtend_opt.definition.registry import list_optimizers
-from helpers import CORE,backend_of
+from helpers import CORE,INTERPRETED,backend_of
 torch.set_num_threads(1)
 triton_launch.GPU_BLOCK,triton_launch.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
 
@@ -77,10 +77,12 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker('engine') is None: continue
         params = item.callspec.params
         name = next(params[k] for k in ('name','row','optimizer') if k in params)
-        if getattr(name, 'name', name) not in CORE: item.add_marker(pytest.mark.slow)
+        name = getattr(name, 'name', name)
+        if name not in (INTERPRETED if 'triton' in params.values() else CORE): item.add_marker(pytest.mark.slow)
 
 def pytest_configure(config):
     if config.getoption('--slow'): config.option.markexpr = '' # pyproject.toml deselects them with -m 'not slow'
+    helpers.SLOW = config.option.markexpr!='not slow'
 
 # Kernels are compiled with -O1, in half the time, but for those of `CORE` and in these modules: the pages of all algorithms hold them against native as users have them, with -O3
 FULL,FAST = build.CPP_FLAGS,build.CPP_FLAGS if os.environ.get('FASTXTEND_OPT_TEST_O3') else tuple('-O1' if o=='-O3' else o for o in build.CPP_FLAGS)

@@ -3,6 +3,7 @@ import copy,numbers,pickle
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import combinations
 
 import numpy as np,pytest,torch
 from fastcore.all import L
@@ -31,7 +32,37 @@ class WithBackend:
 
 CORE = ('sgd','adam','ranger','larc','lamb','lion','adamw_schedulefree','adafactor') # one of each kind that the engine has to do with: no state, one, two; state made from the weights; reductions, along axes too; signs
 
+INTERPRETED = ('adam','larc') # of these, the ones that Triton's interpreter, which is slow, runs by default: elementwise, and with reductions
 AXES = ('adafactor','came','adamp','sgdp','adam_mini') # with reductions along axes, which only C++ kernels have, and only for contiguous parameters; elsewhere a fused step of theirs is one of foreach
+
+# ---------------------------------------------------------------- choosing
+SLOW = True # Are slow tests asked for? `conftest.py` says so before the tests are collected: thousands of slow cells take seconds to make
+
+def slow(*values, when=True, id=None):
+    "A case of `parametrize`, marked slow `when` it is not in the default run"
+    return pytest.param(*values, id=id, marks=pytest.mark.slow if when else ())
+
+def interpreted_slow(modes):
+    "`modes` as a parameter, of which the one that needs Triton's interpreter is slow"
+    return pytest.mark.parametrize('mode', [slow(m, when=m=='triton') for m in modes])
+
+def pairwise(rows, group, dear=lambda row: None):
+    """Rows that together have every pair of values of two columns which `rows` have, the same ones each time. Each group of `rows` (those of one
+    `group(row)`) gives one: that with most new pairs, and of these the one whose pairs were used least. More rows complete the pairs.
+    `dear(row)` names what one row is enough of, because it is slow."""
+    ids = {}
+    pairs = {r: [ids.setdefault(p, len(ids)) for p in combinations(enumerate(r), 2)] for r in rows}
+    used,had,groups,res = [0]*len(ids),set(),{},[]
+    for r in rows: groups.setdefault(group(r), []).append(r)
+    def value(r):
+        counts = [used[p] for p in pairs[r]]
+        return counts.count(0) - 4*bool(dear(r) and dear(r) in had),-sum(counts)
+    def take(rs):
+        res.append(r := max(rs, key=value)); had.add(dear(r))
+        for p in pairs[r]: used[p] += 1
+    for g in groups.values(): take(g)
+    while not all(used): take([r for r in rows if any(not used[p] for p in pairs[r])])
+    return res
 
 # ---------------------------------------------------------------- comparing
 class Mismatch(AssertionError): "Raised by `assert_same`; the message starts with the place that differs"
@@ -112,6 +143,16 @@ def assert_bitwise(a, b, path=''):
     elif ka=='float' and np.float64(a).tobytes() != np.float64(b).tobytes(): _fail(path, f'{a!r} against {b!r}')
     elif ka!='float' and a != b: _fail(path, f'{a!r} against {b!r}')
 
+def less_noise(a, b, noisy, factor=4.):
+    """`a`, brought nearer to `b` by `factor` times the largest difference between `b` and `noisy` in each tensor, for `assert_same` to look at.
+    `noisy` is what `b` becomes where the last bit of its inputs differs: no computation in other order can be expected to come nearer."""
+    if _kind(b)=='dict': return {k: less_noise(a[k], v, noisy[k], factor) if k in a and k in noisy else a.get(k) for k,v in b.items()}
+    if _kind(b)=='list': return [less_noise(*o, factor) for o in zip(a, b, noisy)] if len(a)==len(b) else a
+    if _kind(b)!='tensor' or not b.is_floating_point() or a.shape!=b.shape or not b.numel(): return a
+    d,room = a.double()-b.double(),factor*(noisy.double()-b.double()).abs()
+    room = room[room.isfinite()].max() if room.isfinite().any() else 0.
+    return torch.where(d.isfinite(), b.double() + torch.sign(d)*(d.abs()-room).clamp(min=0), a.double()).to(a.dtype)
+
 _ULP = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24, -149), torch.float64: (53, -1074)}
 
 def ulp(t):
@@ -181,6 +222,13 @@ class GradStream:
         for j,p in enumerate(params):
             p.grad = None if j in skip or not p.requires_grad else like(p, self.values(p, i, j).to(p.dtype))
 
+class NudgedStream(GradStream):
+    "The same gradients, each one moved by one representable step of `dtype`, up or down"
+    def __init__(self, seed=0, spikes=(), dtype=torch.float32): super().__init__(seed, spikes); self.dtype = dtype
+    def values(self, p, i, j):
+        v,gen = super().values(p, i, j),torch.Generator().manual_seed(7*self.seed + 1013*i + j)
+        return v*(1 + torch.finfo(self.dtype).eps*(2*torch.randint(2, v.shape, generator=gen).double() - 1))
+
 def two_groups(params):
     "Two layer groups, as fastai's splitters make them"
     n = len(params)//2
@@ -200,11 +248,12 @@ def detach_copy(o):
     if isinstance(o, (list, tuple, L)): return [detach_copy(v) for v in o]
     return copy.deepcopy(o)
 
-def run_trajectory(opt_func, n=25, dtype=torch.float32, scenario=None, seed=0, params=None, groups=two_groups, at=None, spikes=(), grads=True):
+def run_trajectory(opt_func, n=25, dtype=torch.float32, scenario=None, seed=0, params=None, groups=two_groups, at=None, spikes=(), grads=True,
+                   stream=None):
     """Make parameters and `opt_func(groups(params))`, take `n` steps on the seeded stream and return snapshots after the steps in `at`.
     `scenario(i, opt, params, stream)` sets up step `i`, gradients included; without one, each parameter gets a gradient."""
     params = make_params(dtype=dtype, seed=seed) if params is None else params
-    opt,stream = opt_func(groups(params)),GradStream(seed, spikes)
+    opt,stream = opt_func(groups(params)),GradStream(seed, spikes) if stream is None else stream
     at = range(n) if at is None else at
     res = {}
     for i in range(n):

@@ -45,7 +45,7 @@ def test_refused_outside_of_a_learner(mode, name):
     opt = WithBackend(ademamix(wd=.1, **{name:-1}, **flags(mode)), mode)(params, lr=.1)
     GradStream().set(params, 0)
     with unchanged(params, opt):
-        with pytest.raises(ValueError, match=f"{name}=-1 stands for .* give the number of steps"): opt.step()
+        with pytest.raises(ValueError, match=f"{name}=-1 means .* pass the number of steps"): opt.step()
     opt.set_hyper(name, 10)
     opt.step()
     assert opt.state[params[0]]['step']==1

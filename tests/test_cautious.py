@@ -10,8 +10,9 @@ from fastxtend_opt.algorithms.lookahead import Lookahead,lookahead_step,slow_wei
 from fastxtend_opt.algorithms.ranger import Ranger
 from fastxtend_opt.algorithms.sgd import SGD
 from fastxtend_opt.definition.make import make_optimizer
-from fastxtend_opt.definition.modifiers import cautious_step
+from fastxtend_opt.definition.modifiers import cautious_step,decays_weights
 from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
+from fastxtend_opt.engine.kinds import UnsupportedError
 from fastxtend_opt.training.gradient_release import prepare_for_gradient_release,remove_gradient_release
 from helpers import *
 
@@ -171,8 +172,23 @@ def test_refusals():
     def needs(p, missing, **kwargs): p.data.sub_(missing)
     with pytest.raises(ValueError, match='cautious=True: both decays the weights and steps in one'): make_optimizer(ps, both, lr=.1, wd=0., cautious=True)
     with pytest.raises(ValueError, match='no stepper of average_grad changes'): make_optimizer(ps, average_grad, lr=.1, mom=.9, cautious=True)
-    with pytest.raises(ValueError, match="tried on a small tensor.*'missing'"): make_optimizer(ps, needs, lr=.1, cautious=True)
-    with pytest.raises(ValueError, match='cautious=False: that is Lion'): get_optimizer('clion').func(ps, .1, cautious=False)
+    with pytest.raises(ValueError, match="the steppers were traced.*'missing'"): make_optimizer(ps, needs, lr=.1, cautious=True)
+    with pytest.raises(ValueError, match='cautious=False gives plain Lion'): get_optimizer('clion').func(ps, .1, cautious=False)
+
+def test_own_steppers_that_can_not_be_traced():
+    "Native mode runs them: those that may step are masked, a marked decay is not, and what follows them works"
+    def scale(p, **kwargs): return {'scale': 1/p.grad.norm().item()}
+    def my_step(p, lr, grad_avg, scale, **kwargs): p.data.sub_(grad_avg, alpha=lr*scale)
+    @decays_weights
+    def my_decay(p, lr, wd, **kwargs): p.data.mul_(1 - lr*wd*(1. if p.data.norm().item() else 0.))
+    p = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    opt = make_optimizer([p], [my_decay, step_stat, average_grad, scale, my_step], lr=.1, mom=.5, wd=.1, cautious=True)
+    assert [getattr(cb, 'func', None) is cautious_step for cb in opt.cbs]==[False, False, False, True, True]
+    for g in ([1.,1.],[1.,-.1]): p.grad = torch.tensor(g, dtype=torch.float64); opt.step()
+    first = .99-.1/2**.5
+    assert p.tolist()==pytest.approx([first*.99-.1*1.5/.5/1.01**.5, first*.99], rel=1e-12)
+    opt = make_optimizer([p], [my_decay, step_stat, average_grad, scale, my_step], lr=.1, mom=.5, wd=.1, cautious=True, foreach=True)
+    with pytest.raises(UnsupportedError, match='item'): opt.step()
 
 @all_modes
 def test_not_a_number_is_seen(mode):

@@ -56,7 +56,9 @@ def run(name, mode='native', n=25, dtype=torch.float64, **kw):
     return run_trajectory(f, n, dtype, scheduled, at=(0,1,6,12,16,n-1))
 
 # ---------------------------------------------------------------- the modes
-@pytest.mark.parametrize('name,mode,dtype', [pytest.param(n, m, t, marks=() if n in CORE and (t=='f64' or m=='fused') else pytest.mark.slow) for n in NAMES for m in MODES for t in ('f64','f32')])
+@pytest.mark.parametrize('name,mode,dtype', [
+    slow(n, m, t, when=n not in (INTERPRETED if m=='triton' else CORE) or not (t=='f64' or m=='fused'))
+    for n in NAMES for m in MODES for t in ('f64','f32')])
 def test_modes_agree(name, mode, dtype):
     if mode not in (*get_optimizer(name).modes,'triton'): pytest.skip(f'no {mode}')
     kw = dict(decouple_lr=True, max_lr=PEAKS, wd=.05, dtype={'f64':torch.float64,'f32':torch.float32}[dtype])
@@ -219,9 +221,8 @@ def test_without_max_lr_a_step_fails_and_changes_nothing(mode):
     opt.set_hyper('max_lr', .1)
     opt.step()
 
-@pytest.mark.parametrize('dst', ALL_MODES)
-@pytest.mark.parametrize('src', ALL_MODES)
-@pytest.mark.parametrize('name', ['adam','ranger','stableadam'])
+@pytest.mark.parametrize('name,src,dst', [slow(n, a, b, when='triton' in (a,b) and not (n=='adam' and 'native' in (a,b)))
+                                          for n in ('adam','ranger','stableadam') for a in ALL_MODES for b in ALL_MODES])
 def test_checkpoint_crosses_modes(name, src, dst):
     def make(ps, mode, **kw): return WithBackend(partial(get_optimizer(name).func, lr=.1, wd=WD, decouple_lr=True, **{**KW.get(name, {}), **kw}, **flags(mode)), mode)(two_groups(ps))
     a = make_params(dtype=torch.float64, big=False)

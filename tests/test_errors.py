@@ -116,12 +116,12 @@ def test_sequences_as_hypers(mode, v):
     params,opt = stepped(mode)
     opt.hypers[0]['betas'] = v
     held = [p.detach().clone() for p in params]
-    with pytest.raises(ValueError, match="'betas'.*one number a group.*(name for each|partial)"): opt.step()
+    with pytest.raises(ValueError, match="'betas'.*one number per group.*(name for each|partial)"): opt.step()
     assert_bitwise([p.detach() for p in params], held)
 
 @modes
 def test_tuple_hypers_at_construction(mode):
-    with pytest.raises(ValueError, match="'betas'.*one number a group"): CLASSES[mode](two(), [sgd_step], lr=.1, betas=(.9,.99))
+    with pytest.raises(ValueError, match="'betas'.*one number per group"): CLASSES[mode](two(), [sgd_step], lr=.1, betas=(.9,.99))
 
 @modes
 def test_closure(mode):

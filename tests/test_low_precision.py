@@ -197,8 +197,7 @@ def test_learner(tmp_path, dtype):
     assert preds.dtype is F32 and (preds.argmax(1)==targs).float().mean()==acc
     assert learn.dls.one_batch()[0].dtype is F32
 
-@pytest.mark.parametrize('mode', ALL_MODES[:-1])
-@pytest.mark.parametrize('name', ['adam','ranger'])
+@pytest.mark.parametrize('name,mode', [slow(n, m, when=n=='ranger' and m in ('foreach','jit')) for n in ('adam','ranger') for m in ALL_MODES[:-1]])
 def test_as_float32_in_each_mode(mode, name):
     "Losses of three epochs beside float32's"
     with warnings.catch_warnings():
@@ -208,8 +207,7 @@ def test_as_float32_in_each_mode(mode, name):
         for l in learns: l.fit_flat_cos(3, 4e-3)
     assert_same(*(torch.tensor(l.record.valid_losses) for l in learns[::-1]), rtol=.1, atol=.02)
 
-@pytest.mark.parametrize('name', ['adam','ranger'])
-@pytest.mark.parametrize('to', ['native','foreach','jit'])
+@pytest.mark.parametrize('to,name', [slow(m, n, when=(m, n) in (('foreach','adam'),('native','ranger'))) for m in ('native','foreach','jit') for n in ('adam','ranger')])
 def test_saved_and_loaded_across_modes(tmp_path, name, to):
     "Weights, compensation and generator bit-exactly, and on from there as the mode itself would"
     a,b = (learner(m, name=name, path=tmp_path).to_low_precision() for m in ('fused',to))

@@ -237,7 +237,7 @@ def test_a_value_an_element_natively():
 @every
 def test_what_a_between_may_return(mode):
     p = nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
-    for f,words in ((lambda **kwargs: {'other': 1.}, 'returned other.*scale'), (lambda **kwargs: {'scale': math.nan}, "'scale' is nan"), (lambda **kwargs: {'scale': [1.]}, "one number a group")):
+    for f,words in ((lambda **kwargs: {'other': 1.}, 'returned other.*scale'), (lambda **kwargs: {'scale': math.nan}, "'scale' is nan"), (lambda **kwargs: {'scale': [1.]}, "one number per group")):
         with pytest.raises(ValueError, match=words): clipping([p], mode, cbs=[squares, Between(f, ('sq',), scale=1.), sgd_step]).step()
     assert p.tolist()==[1.,1.]
 
@@ -246,7 +246,7 @@ def test_a_between_says_what_it_is_and_where_it_may_stand():
     with pytest.raises(ValueError, match="totals\\['sq'\\]='mean' must be 'sum'"): Between(clip_factor, dict(sq='mean'))
     with pytest.raises(ValueError, match='sq: a total and a number'): Between(clip_factor, ('sq',), sq=1.)
     p = nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
-    with pytest.raises(NotImplementedError, match="'clip_factor' stands between two passes"): Optimizer([p], CLIP, lr=.1).step() # fastai's
+    with pytest.raises(NotImplementedError, match="'clip_factor' runs between two passes"): Optimizer([p], CLIP, lr=.1).step() # fastai's
 
 @every
 def test_refused_elsewhere(mode):
@@ -254,5 +254,5 @@ def test_refused_elsewhere(mode):
     opt = clipping(list(m.parameters()), mode)
     with pytest.raises(ValueError, match="gradient release: stepper 'clip_factor' needs"): prepare_for_gradient_release(m, opt)
     with pytest.raises(ValueError, match="gradient release: stepper 'clip_factor' needs"): prepare_for_gradient_release(m, Lookahead(opt))
-    with pytest.raises(UnsupportedError, match='optimizer_accumulation: a step of this optimizer is of several passes'): opt.optimizer_accumulation = True
+    with pytest.raises(UnsupportedError, match='optimizer_accumulation: a step of this optimizer has several passes'): opt.optimizer_accumulation = True
     assert not opt.optimizer_accumulation

@@ -55,8 +55,7 @@ def paper(name, p, h, lam):
     extra = {**extra, 'silent':h['silent_sgd_phase']} if name=='radam_schedulefree' else {**extra, 'warmup':h.get('warmup_steps', 0)}
     return getattr(R, get_optimizer(name).func.__name__)(p.detach().numpy(), h['beta'], lam=lam, r=h.get('r', 0.), rho=h.get('weight_lr_power', 2.), **extra)
 
-@modes
-@pytest.mark.parametrize('name,h', CASES, ids=[f'{n[:-13]}-{i}' for i,(n,_) in enumerate(CASES)])
+@pytest.mark.parametrize('name,h,mode', [slow(*c, m, id=f'{c[0][:-13]}-{i}-{m}', when=m=='triton' and i%2==0) for i,c in enumerate(CASES) for m in ALL_MODES])
 def test_against_schedulefree_and_the_paper(name, h, mode):
     "float64, 100 steps, two groups with a rate each, one tensor without decay, weights of both kinds compared at 13 switches"
     a = small(); b = copy_params(a)
@@ -126,9 +125,8 @@ def test_lr_zero_and_changing_beta_ranges():
             assert all(p.isfinite().all() for p in ps) and not torch.equal(ps[1], before[1])
 
 # ---------------------------------------------------------------- train() and eval()
-@every
-@pytest.mark.parametrize('mode', ['native','foreach','jit','fused','triton'])
-@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16,torch.float16], ids=str)
+@pytest.mark.parametrize('dtype,mode,name', [slow(t, m, n, id=f'{t}-{m}-{n}', when=m=='triton' and (n,t)!=('adamw_schedulefree',torch.bfloat16))
+                                             for t in (torch.float32,torch.bfloat16,torch.float16) for m in ALL_MODES for n in NAMES])
 def test_switching_changes_nothing(name, mode, dtype):
     "100 switches, and calls that don't switch: not one bit of weights and state, nor of the training after it"
     def life(switches):
@@ -204,9 +202,8 @@ def test_averaged_weights():
         with averaged_weights(o): pass
 
 # ---------------------------------------------------------------- checkpoints
-@every
-@modes
-@pytest.mark.parametrize('made,loads', [(a,b) for a in ('train','eval') for b in ('train','eval')])
+@pytest.mark.parametrize('made,loads,mode,name', [slow(a, b, m, n, when=m=='triton' and (a,b,n)!=('train','eval','adamw_schedulefree'))
+                                                  for a in ('train','eval') for b in ('train','eval') for m in ALL_MODES for n in NAMES])
 def test_checkpoint(name, mode, made, loads, tmp_path):
     "Made in native or the same mode, in either weights, loaded in either: continues bit for bit"
     for src in {'native', mode}:
@@ -319,7 +316,7 @@ def runs(name, mode): return ('fused' if mode=='triton' else mode) in get_optimi
 def base(name, ps, mode='native', lr=.01, **kw):
     with backend_of(mode): return ScheduleFree(get_optimizer(name).func(ps, lr=lr, **{k:v for k,v in dict(mom=.9).items() if k in get_optimizer(name).hypers}, **flags(mode)), **kw)
 
-@pytest.mark.parametrize('name,mode', [pytest.param(n, m, marks=() if n in CORE else pytest.mark.slow) for n in BASES for m in MODES if runs(n, m)])
+@pytest.mark.parametrize('name,mode', [slow(n, m, when=n not in (INTERPRETED if m=='triton' else CORE)) for n in BASES for m in MODES if runs(n, m)])
 def test_round_any_optimizer(name, mode):
     "As in native mode, with a late gradient, groups, warmup; weights of both kinds"
     def run(mode):

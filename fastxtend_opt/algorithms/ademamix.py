@@ -19,22 +19,22 @@ from ..definition.registry import register
 
 # %% ../../nbs/algorithms/ademamix.ipynb #6685d664
 def warmed_alpha(
-    alpha:float, # Weight of the slow average in the end
-    steps:int, # Length of the warm-up; 0: none
+    alpha:float, # Weight of the slow average after the warm-up
+    steps:int, # Length of the warm-up in steps, or 0 for none
     step:int # Steps so far
 )->float:
-    "The weight of the slow average at `step`"
+    "Weight of the slow average at `step`"
     return alpha*min(1., step/steps) if steps else alpha
 
 def _length(beta): return -1/math.log(beta) if beta else 0.
 
 def warmed_beta3(
-    beta3:float, # Coefficient of the slow average in the end
-    steps:int, # Length of the warm-up; 0: none
-    start:float, # Coefficient that it starts from
+    beta3:float, # Coefficient of the slow average after the warm-up
+    steps:int, # Length of the warm-up in steps, or 0 for none
+    start:float, # Coefficient at the start of the warm-up
     step:int # Steps so far
 )->float:
-    "The coefficient of the slow average at `step`: the length of the average grows evenly"
+    "Coefficient of the slow average at `step`, such that the length of the average grows linearly"
     if step>=steps: return beta3
     length = (1-step/steps)*_length(start) + step/steps*_length(beta3)
     return min(math.exp(-1/length), beta3) if length else 0.
@@ -43,30 +43,31 @@ def warmed_beta3(
 def _steps(name, warmup, fit_steps):
     if warmup>=0: return warmup
     if fit_steps: return fit_steps
-    raise ValueError(f"{name}=-1 stands for the number of steps of a Learner's fit, and this is none: give the number of steps, such as {name}=10000, or 0 for no warm-up.")
+    raise ValueError(f"{name}=-1 means the number of steps of a Learner's fit, and this optimizer is not in a fit: "
+                     f"pass the number of steps, such as {name}=10000, or 0 for no warm-up.")
 
 def check_warmups(
     p, # The parameter
-    alpha_warmup:int, # Length of the warm-up of `alpha`
-    beta3_warmup:int, # Length of the warm-up of `beta3`
-    fit_steps:int=0, # Number of steps of a Learner's fit; 0: unknown
+    alpha_warmup:int, # Length of the warm-up of `alpha` in steps
+    beta3_warmup:int, # Length of the warm-up of `beta3` in steps
+    fit_steps:int=0, # Number of steps of the Learner's fit, or 0 if unknown
     **kwargs
 ):
-    "Refuse a warm-up of unknown length"
+    "Raise an error if the length of a warm-up is unknown"
     _steps('alpha_warmup', alpha_warmup, fit_steps), _steps('beta3_warmup', beta3_warmup, fit_steps)
 
 # %% ../../nbs/algorithms/ademamix.ipynb #ad9ded79
 def slow_average(
     p, # The parameter
-    beta3:float, # Coefficient of the slow average in the end (β3)
-    beta3_warmup:int, # Length of its warm-up
-    beta3_start:float, # What it starts from (β1)
+    beta3:float, # Coefficient of the slow average after the warm-up (β3)
+    beta3_warmup:int, # Length of the warm-up of `beta3` in steps
+    beta3_start:float, # Coefficient at the start of the warm-up (β1)
     step:int, # Steps of this parameter so far (t)
-    fit_steps:int=0, # Number of steps of a Learner's fit; 0: unknown
+    fit_steps:int=0, # Number of steps of the Learner's fit, or 0 if unknown
     slow_avg:torch.Tensor=None, # Slow average of the gradients (m2)
     **kwargs
 ):
-    "The second average of the gradient"
+    "Update the slow average of the gradient"
     if slow_avg is None: slow_avg = torch.zeros_like(p.grad.data)
     beta = warmed_beta3(beta3, _steps('beta3_warmup', beta3_warmup, fit_steps), beta3_start, step)
     slow_avg.mul_(beta).add_(p.grad.data, alpha=1-beta)
@@ -78,49 +79,49 @@ def ademamix_step(
     lr:float, # Learning rate (η)
     mom:float, # Moving average coefficient of the gradient (β1)
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
-    eps:float, # Added to the root (ε)
-    alpha:float, # Weight of the slow average in the end (α)
-    alpha_warmup:int, # Length of its warm-up
+    eps:float, # Added to the square root (ε)
+    alpha:float, # Weight of the slow average after the warm-up (α)
+    alpha_warmup:int, # Length of the warm-up of `alpha` in steps
     step:int, # Steps of this parameter so far (t)
     slow_avg:torch.Tensor, # Slow average of the gradients (m2)
-    sqr_avg:torch.Tensor, # Average of the squares (v)
-    grad_avg:torch.Tensor=None, # Average of the gradients (m1); `None`: the gradient
-    fit_steps:int=0, # Number of steps of a Learner's fit; 0: unknown
+    sqr_avg:torch.Tensor, # Average of the squared gradients (v)
+    grad_avg:torch.Tensor=None, # Average of the gradients (m1); `None` uses the gradient itself
+    fit_steps:int=0, # Number of steps of the Learner's fit, or 0 if unknown
     **kwargs
 ):
-    "Adam's step along the sum of two averages"
+    "Take Adam's step along the weighted sum of both averages"
     update = p.grad.data.clone() if grad_avg is None else grad_avg/(1-mom**step)
     update.add_(slow_avg, alpha=warmed_alpha(alpha, _steps('alpha_warmup', alpha_warmup, fit_steps), step))
     p.data.addcdiv_(update, (sqr_avg/(1-sqr_mom**step)).sqrt() + eps, value=-lr)
 
 # %% ../../nbs/algorithms/ademamix.ipynb #30a5c6b9
 class FitSteps(Callback):
-    "Tells an optimizer how many steps the fit that begins will take: hyperparameter `fit_steps`"
+    "Write the number of steps of the fit to the hyperparameter `fit_steps`"
     run_valid = False
     def before_fit(self):
         "Count the batches of all epochs"
-        if self.learn.lock.locked(): return # `validate` and `get_preds` call this event too, and hold the lock
+        if self.learn.lock.locked(): return # `validate` and `get_preds` also call this event, while they hold the lock
         for h in self.opt.hypers:
             if 'fit_steps' in h: h['fit_steps'] = self.learn.n_epoch*len(self.learn.dls.train)
 
 # %% ../../nbs/algorithms/ademamix.ipynb #7b1e0c9b
 _steps_tip = "It is a number of steps, 0 for no warm-up, or -1 for all the steps of a Learner's fit."
 hyper_ranges.update(alpha_warmup=Within(-1, whole=True, tip=_steps_tip), beta3_warmup=Within(-1, whole=True, tip=_steps_tip),
-                    beta3_start=Within(0, 1, open_hi=True, tip='Leave it out for the value of mom.'),
+                    beta3_start=Within(0, 1, open_hi=True, tip='Omit it to use the value of mom.'),
                     fit_steps=Within(0, whole=True, tip='A Learner sets it.'))
 
 # %% ../../nbs/algorithms/ademamix.ipynb #034cc5b5
-@options(alpha=Within(0, tip='It is the weight of the slow average, 2 to 10 as a rule; 0 is Adam.'))
+@options(alpha=Within(0, tip='It is the weight of the slow average, usually 2 to 10; 0 gives Adam.'))
 def AdEMAMix(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η): a number, or a slice or list for the groups
-    mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1); with 0 it is not averaged, and `grad_avg` not kept
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η): a number, or a slice or list with one value per group
+    mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1); 0 uses the gradient itself and keeps no `grad_avg`
     sqr_mom:float=.999, # Moving average coefficient of the squared gradient (β2), in [0, 1)
     beta3:float=.9999, # Moving average coefficient of the slow average (β3), in [0, 1)
-    alpha:float=5., # Weight of the slow average (α), >= 0; the authors' code has 2
-    alpha_warmup:int=0, # Steps in which `alpha` grows to its value; 0: none, -1: all steps of a Learner's fit
-    beta3_warmup:int=0, # Steps in which `beta3` grows from `mom` to its value; 0: none, -1: all steps of a Learner's fit
-    eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
+    alpha:float=5., # Weight of the slow average (α), >= 0; the authors' code uses 2
+    alpha_warmup:int=0, # Steps in which `alpha` grows from 0 to its value; 0 for no warm-up, -1 for all steps of a Learner's fit
+    beta3_warmup:int=0, # Steps in which `beta3` grows from `mom` to its value; 0 for no warm-up, -1 for all steps of a Learner's fit
+    eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     wd:float=0., # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
@@ -129,14 +130,18 @@ def AdEMAMix(
     for g in groups:
         if 'mom' in g: g.setdefault('beta3_start', g['mom'])
     averages = ([partial(average_grad, dampening=True)] if in_use('mom', mom, groups) else []) + [average_sqr_grad, slow_average]
-    opt = make_optimizer(groups, [check_warmups, weight_decay, step_stat, *averages, ademamix_step], lr=lr, mom=mom, sqr_mom=sqr_mom, beta3=beta3, alpha=alpha,
-                         alpha_warmup=alpha_warmup, beta3_warmup=beta3_warmup, eps=eps, wd=wd, beta3_start=mom, fit_steps=0, **kwargs)
-    if any(h[k]<0 for h in opt.hypers for k in ('alpha_warmup','beta3_warmup')): opt.learner_cbs = (*getattr(opt, 'learner_cbs', ()), FitSteps)
+    cbs = [check_warmups, weight_decay, step_stat, *averages, ademamix_step]
+    opt = make_optimizer(groups, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, beta3=beta3, alpha=alpha, alpha_warmup=alpha_warmup,
+                         beta3_warmup=beta3_warmup, eps=eps, wd=wd, beta3_start=mom, fit_steps=0, **kwargs)
+    if any(h[k]<0 for h in opt.hypers for k in ('alpha_warmup','beta3_warmup')):
+        opt.learner_cbs = (*getattr(opt, 'learner_cbs', ()), FitSteps)
     return opt
 
 # %% ../../nbs/algorithms/ademamix.ipynb #409b86cf
-register(AdEMAMix, title='AdEMAMix', category='adaptive', kind='elementwise', state=('grad_avg','slow_avg','sqr_avg'), oracle='pytorch_optimizer.AdEMAMix',
-    paper='The AdEMAMix Optimizer: Better, Faster, Older', year=2024, arxiv='2409.03137', authors='Pagliardini et al.',
-    settings=(('the paper', '`mom=.9, sqr_mom=.999, beta3=.9999, alpha=5`, both warm-ups as long as the training: `-1` in a `Learner`', '2409.03137'),
-              ("the package's defaults", '`lr=1e-3, alpha=2`, no warm-ups', "the authors' code, apple/ml-ademamix")))
+register(AdEMAMix, title='AdEMAMix', category='adaptive', kind='elementwise', state=('grad_avg','slow_avg','sqr_avg'),
+    oracle='pytorch_optimizer.AdEMAMix', paper='The AdEMAMix Optimizer: Better, Faster, Older', year=2024, arxiv='2409.03137',
+    authors='Pagliardini et al.',
+    settings=(('the paper', '`mom=.9, sqr_mom=.999, beta3=.9999, alpha=5`, both warm-ups as long as the training (`-1` in a `Learner`)',
+               '2409.03137'),
+              ("the authors' package", '`lr=1e-3, alpha=2`, no warm-ups', "the authors' code, apple/ml-ademamix")))
 ademamix = factory(AdEMAMix)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastcore.all import L, patch
 from fastai.optimizer import Optimizer, Lookahead as _FastaiLookahead
 from ..optimizer.native import NativeOptimizer
+from ..optimizer.state import plain_state, state_for
 from ..optimizer.steppers import check_round
 from ..optimizer.traced import TapeOptimizer
 from ..definition.hypers import valid_hyper
@@ -70,6 +71,13 @@ class Lookahead(ReleasableWrapper, _FastaiLookahead):
         self.opt.optimizer_accumulation = v
 
     _step_supports_amp_scaling = False # `GradScaler` unscales and decides before `step`: the count of steps must not go up in one that is skipped
+
+    @property
+    def param_groups(self): return self.opt.param_groups
+    @param_groups.setter
+    def param_groups(self, v): self.opt.param_groups = v
+
+    def _set_hyper(self, k, v): self.opt._set_hyper(k, v)
 
     def zero_grad(self, *args, **kwargs): return self.opt.zero_grad(*args, **kwargs)
 
@@ -142,13 +150,13 @@ class Lookahead(ReleasableWrapper, _FastaiLookahead):
 @patch
 def state_dict(self:Lookahead):
     "fastai's layout: `state`, `hypers`, `count`, `slow_weights`"
-    sd = self.opt.state_dict()
+    sd = self.opt.state_dict() if self.one_pass else plain_state(self.opt.state_dict())
     slow = self._slow
     if self.one_pass:
         it = iter(zip(sd['state'], self._params()))
-        slow = L(L(s.get('slow_p', p.data) for _,(s,p) in zip(pg, it)) for pg in self.param_lists) if self._started else None
+        slow = [[s['slow_p'] if 'slow_p' in s else p for _,(s,p) in zip(pg, it)] for pg in self.param_lists] if self._started else None
         sd = {**sd, 'state': [{k:v for k,v in s.items() if k!='slow_p'} for s in sd['state']]}
-    return {**sd, 'count': self.count, 'slow_weights': slow}
+    return {**sd, 'count': self.count, 'slow_weights': plain_state(slow)}
 
 # %% ../../nbs/algorithms/lookahead.ipynb #b6119805
 def _check_state(opt, sd):
@@ -185,8 +193,7 @@ def load_state_dict(self:Lookahead,
         state = [{k:v for k,v in s.items() if k!='slow_p'} for s in sd['state']]
         if self.one_pass and slow is not None:
             for s,w in zip(state, slow.concat()): s['slow_p'] = w
-        if not isinstance(self.opt, TapeOptimizer): # An engine copies for itself
-            state = [{k:v.detach().clone() if isinstance(v, Tensor) else v for k,v in s.items()} for s in state]
+        if not self.one_pass: state = [state_for(p, s) for p,s in zip(self._params(), state)] # ours copy for themselves
         sd = dict(state=state, hypers=L(dict(h) for h in sd['hypers']))
     self.opt.load_state_dict(sd)
     self.count,self._slow,self._started = count,None if self.one_pass else slow,slow is not None

@@ -31,7 +31,7 @@ def dual_sums(
     lr:float, # Learning rate (γ)
     eps:float, # Added to the learning rate (ε)
     step:int, # Steps of this parameter so far (k+1)
-    grad_sum_sq:torch.Tensor=None, # Weighted sum of the squared gradients (ν); made at the first step
+    grad_sum_sq:torch.Tensor=None, # Weighted sum of the squared gradients (ν); created in the first step
     s:torch.Tensor=None, # Weighted sum of the gradients (s)
     **kwargs
 ):
@@ -48,12 +48,12 @@ def madgrad_step(
     p, # The parameter
     lr:float, # Learning rate (γ)
     mom:float, # Share of the parameter that a step keeps (1-c)
-    eps:float, # Added to the root and to the learning rate (ε)
+    eps:float, # Added to the square root and to the learning rate (ε)
     grad_sum_sq:torch.Tensor, # Weighted sum of the squared gradients (ν)
     s:torch.Tensor, # Weighted sum of the gradients (s)
     x0:torch.Tensor=None, # The parameter before its first step
     wd:float=0., # Weight decay
-    do_wd:bool=True, # Is this parameter decayed?
+    do_wd:bool=True, # Decay this parameter?
     decouple_wd:bool=False, # Is the decay done here?
     decouple_lr:bool=False, # Is `eps` left out of the rate that decays?
     **kwargs
@@ -72,12 +72,12 @@ refuses(madgrad_step, schedule_free='its momentum is an average of the weights, 
 def madgrad_plain_step(
     p, # The parameter
     lr:float, # Learning rate (γ)
-    eps:float, # Added to the root and to the learning rate (ε)
+    eps:float, # Added to the square root and to the learning rate (ε)
     step:int, # Steps of this parameter so far (k+1)
     grad_sum_sq:torch.Tensor=None, # Weighted sum of the squared gradients (ν)
     s:torch.Tensor=None, # Weighted sum of the gradients (s)
     wd:float=0., # Weight decay
-    do_wd:bool=True, # Is this parameter decayed?
+    do_wd:bool=True, # Decay this parameter?
     decouple_wd:bool=False, # Is the decay done here?
     decouple_lr:bool=False, # Is `eps` left out of the rate that decays?
     **kwargs
@@ -93,12 +93,12 @@ def madgrad_plain_step(
 # %% ../../nbs/algorithms/madgrad.ipynb #624d50a4
 @options
 def MADGRAD(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (γ), to be searched for anew: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (γ), to be searched for anew: a number, or a slice or list with one value per group
     mom:float=.9, # Share of the parameter that a step keeps (1-c), in [0, 1); 0 keeps no `x0`
-    eps:float=1e-6, # Added to the root and, for stability, to the learning rate (ε)
+    eps:float=1e-6, # Added to the square root and, for stability, to the learning rate (ε)
     wd:float=0., # Weight decay
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2, as the authors)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`, as in the authors' code)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "MADGRAD"

@@ -24,9 +24,9 @@ def mars_averages(
     gamma:float, # Share of the correction (γ)
     mom_1d:float, # As `mom`, for tensors of less than two dimensions
     sqr_mom_1d:float, # As `sqr_mom`, for these
-    grad_avg:torch.Tensor=None, # Average of the corrected gradients (m); made at the first step
+    grad_avg:torch.Tensor=None, # Average of the corrected gradients (m); created in the first step
     sqr_avg:torch.Tensor=None, # Average of their squares (v)
-    prior_grad:torch.Tensor=None, # Gradient of the step before
+    prior_grad:torch.Tensor=None, # Gradient of the previous step
     mars_type:str='adamw', # 'adamw' or 'lion'
     optimize_1d:bool=False, # Correct vectors too?
     **kwargs
@@ -72,7 +72,7 @@ def mars_decay(
     lr:float, # Learning rate (η)
     wd:float, # Weight decay (λ)
     lr_1d_factor:float, # Multiple of `lr` for tensors of less than two dimensions
-    do_wd:bool=True, # Is this parameter decayed?
+    do_wd:bool=True, # Decay this parameter?
     optimize_1d:bool=False, # Correct vectors too?
     **kwargs
 ):
@@ -89,11 +89,11 @@ MARS_TYPES = ('adamw','lion')
 # %% ../../nbs/algorithms/mars.ipynb #9eef1607
 @options
 def MARS(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η), 3e-3 in the authors' code: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η), 3e-3 in the authors' code: a number, or a slice or list with one value per group
     mom:float=.95, # Moving average coefficient of the corrected gradient (β1), in [0, 1)
     sqr_mom:float=.99, # Moving average coefficient of its square (β2), in [0, 1)
-    eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
+    eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     gamma:float=.025, # Share of the correction (γ), times `mom/(1-mom)`; 0 is none
     mars_type:str='adamw', # What steps with it: 'adamw' or 'lion'
     optimize_1d:bool=False, # Correct tensors of less than two dimensions too, or step them by AdamW?

@@ -111,7 +111,7 @@ def muon_decay(
     lr:float, # Learning rate (η)
     wd:float, # Weight decay (λ)
     aux_lr_scale:float, # Multiple of `lr` for parameters that take Adam
-    do_wd:bool=True, # Is this parameter decayed?
+    do_wd:bool=True, # Decay this parameter?
     use_muon:bool=None, # Does this parameter take Muon? `None`: if it has two axes or more
     **kwargs
 ):
@@ -124,7 +124,7 @@ def muon_averages(
     mom:float, # Moving average coefficient of the gradient (μ)
     aux_mom:float, # As `mom`, for parameters that take Adam
     aux_sqr_mom:float, # Moving average coefficient of the squared gradient, for these
-    grad_avg:torch.Tensor=None, # Average of the gradients (m); made at the first step
+    grad_avg:torch.Tensor=None, # Average of the gradients (m); created in the first step
     sqr_avg:torch.Tensor=None, # Average of their squares, of parameters that take Adam
     step:int=0, # Steps of these so far
     use_muon:bool=None, # Does this parameter take Muon? `None`: if it has two axes or more
@@ -145,7 +145,7 @@ def muon_step(
     aux_lr_scale:float, # Multiple of `lr` for parameters that take Adam
     aux_mom:float, # As `mom`, for these
     aux_sqr_mom:float, # Moving average coefficient of the squared gradient, for these
-    aux_eps:float, # Added to the root, for these
+    aux_eps:float, # Added to the square root, for these
     grad_avg:torch.Tensor, # Average of the gradients (m)
     nesterov:bool=True, # Look ahead?
     adjust_lr:str='original', # One of `ADJUST_LR`
@@ -191,19 +191,19 @@ NS_DTYPES = (torch.bfloat16,torch.float32,torch.float64)
 # %% ../../nbs/algorithms/muon.ipynb #ae0769dd
 @options
 def Muon(
-    params, # Parameters: an iterable of them or of (name, parameter), of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η), .02 in the authors' code with 'original', Adam's with 'match_rms_adamw': a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters or of (name, parameter) pairs, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η), 0.02 in the authors' code with 'original', Adam's with 'match_rms_adamw': a number, or a slice or list with one value per group
     mom:float=.95, # Moving average coefficient of the gradient (μ), in [0, 1)
     nesterov:bool=True, # Look ahead: orthogonalise the average with one share more of the gradient?
     ns_steps:int=5, # Iterations of Newton-Schulz, a whole number in [0, 99]
     adjust_lr:str='original', # Factor of each matrix's step: 'original', by its shape; 'match_rms_adamw', as large as Adam's
     ns_dtype:torch.dtype|None=None, # dtype of Newton-Schulz: `torch.bfloat16` as in torch and the authors' code, float32 or float64; `None`: the parameter's, at least float32
     aux=None, # Which matrices take Adam: text such as `'*emb*|*out*'`, a class of module, a function of a `ParamInfo`, a tuple of these; `None`: embeddings and the head
-    aux_lr_scale:float|None=None, # Multiple of `lr` for parameters that take Adam; `None`: .015 with 'original' (3e-4 beside .02), 1 with 'match_rms_adamw'
+    aux_lr_scale:float|None=None, # Multiple of `lr` for parameters that take Adam; `None`: 0.015 with 'original' (3e-4 beside 0.02), 1 with 'match_rms_adamw'
     aux_mom:float=.9, # Moving average coefficient of the gradient of these (β1), in [0, 1)
     aux_sqr_mom:float=.95, # Moving average coefficient of its square (β2), in [0, 1)
-    aux_eps:float=1e-10, # Added to the root, for these (ε)
-    wd:float=0., # Weight decay (λ), decoupled; torch has .1
+    aux_eps:float=1e-10, # Added to the square root, for these (ε)
+    wd:float=0., # Weight decay (λ), decoupled; torch uses 0.1
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Muon for matrices, Adam for the rest; `rules` of the result says which is which"

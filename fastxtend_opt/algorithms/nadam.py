@@ -43,7 +43,7 @@ def nadam_step(
     mom:float, # Moving average coefficient of the gradient (β1)
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     momentum_decay:float, # Pace of the schedule of the momentum (ψ)
-    eps:float, # Added to the root (ε)
+    eps:float, # Added to the square root (ε)
     step:int, # Steps of this parameter so far (t)
     mu_product:float, # Product of the schedule so far (M)
     grad_avg:torch.Tensor, # Average of the gradients (m)
@@ -61,14 +61,14 @@ hyper_ranges.update(momentum_decay=Within(0, tip="It is the pace of the momentum
 # %% ../../nbs/algorithms/nadam.ipynb #a5552f30
 @options
 def NAdam(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η), .002 in torch: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η), 0.002 in torch: a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1), and end of the momentum's schedule
     sqr_mom:float=.999, # Moving average coefficient of the squared gradient (β2), in [0, 1)
-    eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
+    eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     momentum_decay:float=.004, # Pace of the schedule that takes the momentum from half of `mom` to `mom` (ψ); 0: it stays at the half
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=False, # Decay the weights themselves (NAdamW), or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`, NAdamW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "NAdam, or NAdamW"
@@ -78,6 +78,6 @@ def NAdam(
 # %% ../../nbs/algorithms/nadam.ipynb #7390ac70
 register(NAdam, title='NAdam/NAdamW', category='adaptive', kind='elementwise', state=('grad_avg','sqr_avg'), oracle='torch.optim.NAdam',
     also=('timm.optim.NAdamLegacy',), paper='Incorporating Nesterov Momentum into Adam', year=2016, authors='Dozat',
-    settings=(('what torch.optim.NAdam does by default', '`lr=.002` and the defaults: `mom=.9, sqr_mom=.999, momentum_decay=.004`', 'torch'),
+    settings=(('defaults of `torch.optim.NAdam`', '`lr=.002` and the defaults: `mom=.9, sqr_mom=.999, momentum_decay=.004`', 'torch'),
               ('the same, decay as NAdamW', 'with `wd` and `decouple_wd=True`', "torch, `decoupled_weight_decay=True`")))
 nadam = factory(NAdam)

@@ -29,7 +29,7 @@ def average_sqr_norm(
 def divide_grad(
     p, # The parameter
     sqr_norm:torch.Tensor, # Average of the squared norms (v)
-    eps:float, # Added to the root (ε)
+    eps:float, # Added to the square root (ε)
     **kwargs
 ):
     "Divide the gradient, in place, by the size of its layer"
@@ -38,11 +38,11 @@ def divide_grad(
 # %% ../../nbs/algorithms/novograd.ipynb #a7153463
 @options
 def NovoGrad(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (λ), .01 for the paper's ResNet-50: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (λ), 0.01 for the paper's ResNet-50: a number, or a slice or list with one value per group
     mom:float=.95, # Share of the sum of past directions that a step keeps (β1), in [0, 1)
     sqr_mom:float=.98, # Moving average coefficient of the squared norm (β2), in [0, 1)
-    eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
+    eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     grad_averaging:bool=False, # Weigh each new direction by `1-mom`, as an average does? A step is then `1-mom` times as long
     wd:float=0., # Weight decay (d)
     decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the divided gradient (as in the paper)?

@@ -18,9 +18,9 @@ from .sgd import decay_stepper
 def pid_terms(
     p, # The parameter
     mom:float, # Share of the sum of past gradients, and of the averaged change, that a step keeps (α)
-    i_buf:torch.Tensor=None, # Sum of the gradients (I); made at the first step
+    i_buf:torch.Tensor=None, # Sum of the gradients (I); created in the first step
     d_buf:torch.Tensor=None, # Average of the gradient's changes (D)
-    prev_grad:torch.Tensor=None, # Gradient of the step before
+    prev_grad:torch.Tensor=None, # Gradient of the previous step
     **kwargs
 ):
     "Sum of the gradients, and average of their changes"
@@ -51,13 +51,13 @@ hyper_ranges.update(integral=Within(0, tip='It is the gain of the sum of gradien
 # %% ../../nbs/algorithms/pid.ipynb #fff35114
 @options
 def PID(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (r): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (r): a number, or a slice or list with one value per group
     mom:float=.9, # Share of the sum of past gradients, and of the averaged change, that a step keeps (α), in [0, 1); the ports have 0
     integral:float=5., # Gain of the sum (Ki)
     derivative:float=10., # Gain of the change (Kd)
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "PID, the controller of proportional, integral and derivative terms"

@@ -16,15 +16,15 @@ from .sgd import decay_stepper
 # %% ../../nbs/algorithms/qhadam.ipynb #c99458f7
 @options
 def QHAdam(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (α): a number, or a slice or list with one value per group
     mom:float=.999, # Moving average coefficient of the gradient (β1), in [0, 1)
     sqr_mom:float=.999, # Moving average coefficient of the squared gradient (β2), in [0, 1)
     nu_1:float=.7, # Share of the gradient's average against the gradient itself (ν1)
     nu_2:float=1., # Share of the square's average against the square itself (ν2)
-    eps:float=1e-8, # Added to the root, so that no division is by 0 (ε)
+    eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=True, # Decay the weights themselves (QHAdamW), or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=True, # Use decoupled weight decay (`True`, QHAdamW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "QHAdam, or QHAdamW"

@@ -28,7 +28,7 @@ def debiased_averages(
     mom:float, # Moving average coefficient of the gradient (β1)
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     step:int, # Steps of this parameter so far (t)
-    grad_avg:torch.Tensor=None, # Average of the gradients (v); made at the first step
+    grad_avg:torch.Tensor=None, # Average of the gradients (v); created in the first step
     sqr_avg:torch.Tensor=None, # Average of the squared gradients (u)
     **kwargs
 ):
@@ -43,9 +43,9 @@ def stableadam_step(
     lr:float, # Learning rate (α)
     grad_avg:torch.Tensor, # Average of the gradients (v)
     sqr_avg:torch.Tensor, # Average of the squared gradients (u)
-    eps:float, # Added to the root (ε)
+    eps:float, # Added to the square root (ε)
     wd:float=0., # Weight decay (λ)
-    do_wd:bool=True, # Is this parameter decayed?
+    do_wd:bool=True, # Decay this parameter?
     decouple_wd:bool=True, # Is the decay done here?
     **kwargs
 ):
@@ -59,11 +59,11 @@ def stableadam_step(
 # %% ../../nbs/algorithms/stableadam.ipynb #123d54fd
 @options
 def StableAdam(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (α): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (α): a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1)
     sqr_mom:float=.99, # Moving average coefficient of the squared gradient (β2), in [0, 1)
-    eps:float=1e-6, # Added to the root, and least root where the gradient is judged (ε)
+    eps:float=1e-6, # Added to the square root, and least root where the gradient is judged (ε)
     wd:float=.01, # Weight decay (λ)
     decouple_wd:bool=True, # Decay the weights themselves, by the clipped rate (StableAdamW), or add `wd*p` to the gradient (L2)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`

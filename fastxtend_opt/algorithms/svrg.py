@@ -19,6 +19,7 @@ from fastai.callback.training import GradientAccumulation
 from fastai.optimizer import Optimizer
 from fastai.torch_core import find_bs
 from ..definition.hypers import hyper_ranges, valid_hyper, Within
+from ..optimizer.state import plain_state
 from ..training.extra_pass import ExtraPass, SecondGradient, frozen_stats, grads_aside, opt_layers
 from ..training.gradient_release import GradientRelease
 from ..training.low_precision import LowPrecisionInput
@@ -106,7 +107,7 @@ class SVRG(SecondGradient):
 
     def state_dict(self):
         "State of the wrapped optimizer, with `coef`, `snap_p` and `snap_grad`"
-        return {**super().state_dict(), 'coef': self.coef, 'snap_p': self.snap_p, 'snap_grad': self.snap_grad}
+        return {**super().state_dict(), **plain_state({'coef': self.coef, 'snap_p': self.snap_p, 'snap_grad': self.snap_grad})}
 
     def load_state_dict(self,
         sd:dict # From `state_dict`, of an optimizer with SVRG round it or without

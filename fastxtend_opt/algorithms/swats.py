@@ -20,7 +20,7 @@ from .sgd import decay_stepper
 # %% ../../nbs/algorithms/swats.ipynb #83853000
 def swats_momentum(
     p, # The parameter
-    mom:float, # Share of the sum of past gradients that a step keeps (β1)
+    mom:float, # Momentum coefficient: fraction of the gradient sum kept in each step (β1)
     sgd_avg:torch.Tensor=None, # Sum of past gradients (b), 0 before the switch
     sgd_rate:torch.Tensor=None, # Rate of SGD over `lr`; 0 before the switch
     **kwargs
@@ -36,14 +36,14 @@ def swats_step(
     lr:float, # Learning rate (α)
     mom:float, # Moving average coefficient of the gradient (β1)
     sqr_mom:float, # Moving average coefficient of the squared gradient, and of the rate (β2)
-    eps:float, # Added to the root (ε)
+    eps:float, # Added to the square root (ε)
     switch_tol:float, # How near the rate has to be to its average
     step:int, # Steps of this parameter so far (k)
     grad_avg:torch.Tensor, # Average of the gradients (m)
     sqr_avg:torch.Tensor, # Average of the squared gradients (a)
     sgd_avg:torch.Tensor, # Sum of past gradients (b)
     sgd_rate:torch.Tensor, # Rate of SGD over `lr`; 0 before the switch
-    lam:torch.Tensor=None, # Average of the rates (λ); made at the first step
+    lam:torch.Tensor=None, # Average of the rates (λ); created in the first step
     **kwargs
 )->dict: # State `lam`, and `found_rate`: the rate over `lr` if the test was passed, or 0
     "A step of Adam, and the test, or a step of SGD"
@@ -83,14 +83,14 @@ hyper_ranges.update(switch_tol=Within(0, tip='1e-6 is the default; more of it sw
 # %% ../../nbs/algorithms/swats.ipynb #42ae5d43
 @options
 def SWATS(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate of Adam (α): a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate of Adam (α): a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), and SGD's momentum, in [0, 1)
     sqr_mom:float=.999, # Moving average coefficient of the squared gradient, and of the rate (β2), in [0, 1)
-    eps:float=1e-9, # Added to the root, so that no division is by 0 (ε)
-    switch_tol:float=1e-6, # How near a rate has to be to its average for the switch, as a share of it; the paper has 1e-9, absolute
+    eps:float=1e-9, # Added to the square root to avoid division by 0 (ε)
+    switch_tol:float=1e-6, # How near a rate has to be to its average for the switch, as a share of it; the paper uses 1e-9, absolute
     wd:float=0., # Weight decay
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "SWATS"

@@ -20,7 +20,7 @@ def yogi_sqr_avg(
     p, # The parameter
     sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     init_acc:float=1e-6, # Where the average of squares begins
-    sqr_avg:torch.Tensor=None, # Average of the squared gradients (v); made at the first step
+    sqr_avg:torch.Tensor=None, # Average of the squared gradients (v); created in the first step
     **kwargs
 ):
     "Move the average of squares towards the new square, by a share of the new square"
@@ -35,14 +35,14 @@ hyper_ranges.update(init_acc=Within(0, tip='1e-6 is usual; 0 starts the average 
 # %% ../../nbs/algorithms/yogi.ipynb #df9f949d
 @options
 def Yogi(
-    params, # Parameters: an iterable of them, of lists (a group each), or of dicts with hyperparameters of their own
-    lr:float|slice, # Learning rate (η), about ten times Adam's: a number, or a slice or list for the groups
+    params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
+    lr:float|slice, # Learning rate (η), about ten times Adam's: a number, or a slice or list with one value per group
     mom:float=.9, # Moving average coefficient of the gradient (β1), in [0, 1)
     sqr_mom:float=.999, # Coefficient of the squared gradient (β2), in [0, 1): its average moves by `1-sqr_mom` of a new square
-    eps:float=1e-3, # Added to the root (ε), large on purpose: it bounds the learning rate of an element by `lr/eps`
+    eps:float=1e-3, # Added to the square root (ε), large on purpose: it bounds the learning rate of an element by `lr/eps`
     init_acc:float=1e-6, # Where the average of squares begins
     wd:float=0., # Weight decay (λ)
-    decouple_wd:bool=False, # Decay the weights themselves, or add `wd*p` to the gradient (L2)?
+    decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
 )->Optimizer:
     "Yogi"

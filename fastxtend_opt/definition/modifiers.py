@@ -9,9 +9,10 @@ __all__ = ['HIGH_WD', 'decays_weights', 'fully_decoupled', 'cautious_step', 'war
 import warnings
 from functools import partial
 import torch
-from torch import Tensor, nn
 from fastcore.all import L
 from fastai.optimizer import weight_decay, l2_reg
+from ..engine.effects import stepper_effects
+from ..engine.kinds import UnsupportedError
 from ..optimizer.passes import Between, dry_run
 from ..optimizer.steppers import inner_stepper, refuses, rule_cases, within_rule
 
@@ -73,44 +74,36 @@ cautious_step.wraps_stepper = cautious_step.masks_step = True # said to the engi
 refuses(cautious_step, schedule_free='it is cautious, and without momentum each step goes along its gradient: there is nothing to mask.');
 
 # %% ../../nbs/definition/modifiers.ipynb #b56b0ac3
-def _copied(state): return {k:v.clone() if isinstance(v, Tensor) else v for k,v in state.items()}
+def _traced_effects(cbs, hyper, decay, case):
+    "A `StepperEffect` for each stepper; None for those that can't be traced, and for those that need state from them"
+    try: return stepper_effects(cbs, hyper, decay, case)
+    except UnsupportedError: pass
+    known,res = [],[]
+    for cb in cbs:
+        try: res.append(stepper_effects([*known, cb], hyper, decay, case)[-1]); known.append(cb)
+        except Exception: res.append(None)
+    return res
 
-def _try_steppers(cbs, hyper):
+def _moving_and_decaying(cbs, hyper):
     "Places of the steppers that change a parameter without decay, and of those of them that decay too"
-    moving,decaying = zip(*(_try_case(cbs, hyper, case) for case in rule_cases(cbs)))
-    return set().union(*moving),set().union(*decaying)
-
-def _try_case(cbs, hyper, case):
-    "The same for a parameter with the numbers of `case` in its state"
-    p,state,moving,decaying = nn.Parameter(torch.linspace(.5, 1, 8, dtype=torch.float64).view(2, 2, 2, 1)),dict(case),set(),set()
-    hyper = {**hyper, 'lr':.01, 'wd':0.}
-    decay = {'wd':.5, **({'rule_settings':{'wd':.5}} if case else {})}
-    if case: hyper['rule_settings'] = {'wd':0.}
-    for t in range(8): # some do not move at their first steps
-        p.grad = (t+1)*torch.linspace(1, 2, 8, dtype=torch.float64).view_as(p)
-        for i,cb in enumerate(cbs):
-            if isinstance(cb, Between): continue
-            old,grad,start = p.detach().clone(),p.grad.clone(),_copied(state)
-            new = cb(p, **{**state, **hyper})
-            if isinstance(new, dict): state = {**state, **new}
-            if torch.equal(old, p): continue
-            moving.add(i)
-            after,grad_after,p.grad = p.detach().clone(),p.grad,grad
-            p.data.copy_(old)
-            cb(p, **{**start, **hyper, **decay})
-            if not torch.equal(after, p): decaying.add(i)
-            p.data.copy_(after)
-            p.grad = grad_after
+    moving,decaying,places = set(),set(),[i for i,cb in enumerate(cbs) if not isinstance(cb, Between)]
+    for case in rule_cases(cbs):
+        without,with_decay = ({'wd':wd, **({'rule_settings':{'wd':wd}} if case else {})} for wd in (0., .5))
+        effects = _traced_effects([cbs[i] for i in places], {**hyper, 'lr':.01, **without}, with_decay, case)
+        moving |= {i for i,e in zip(places, effects) if (e.moves if e else not getattr(inner_stepper(cbs[i]), 'decays_weights', False))}
+        decaying |= {i for i,e in zip(places, effects) if e and e.decays}
     return moving,decaying
 
 # %% ../../nbs/definition/modifiers.ipynb #1085b909
 def _cautious(cbs, hyper):
     "`cbs`, with those that step run by `cautious_step`"
     try:
-        with torch.no_grad(), torch.random.fork_rng([]), dry_run(): moving,decaying = _try_steppers(cbs, hyper)
-    except Exception as e: raise ValueError(f"cautious=True: the steppers were tried on a small tensor to find those that change the parameter, and failed there: {e}") from e
+        with dry_run(): moving,decaying = _moving_and_decaying(cbs, hyper)
+    except Exception as e: raise ValueError(f"cautious=True: the steppers were traced to find those that change the parameter, and failed: {e}") from e
     def _names(places): return ', '.join(getattr(f, '__name__', type(f).__name__) for f in (inner_stepper(cbs[i]) for i in sorted(places)))
-    if decaying: raise ValueError(f"cautious=True: {_names(decaying)} decays the weights and steps in one, and a decay must not be masked. Leave out cautious=True, or use an optimizer whose decay is a stepper of its own.")
+    if decaying:
+        raise ValueError(f"cautious=True: {_names(decaying)} decays the weights and steps in one, and a decay must not be masked. Leave out cautious=True, "
+                         "or use an optimizer whose decay is a stepper of its own.")
     if not moving: raise ValueError(f"cautious=True: no stepper of {_names(range(len(cbs)))} changes the parameter.")
     return L(within_rule(cb, lambda f: partial(cautious_step, f)) if i in moving else cb for i,cb in enumerate(cbs))
 

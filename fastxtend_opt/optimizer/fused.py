@@ -17,8 +17,8 @@ from ..engine.kinds import UnsupportedError
 from ..engine.transforms import collapse_axes, widen_tape
 from ..engine.triton import triton_interpreted, triton_kernel
 from ..engine.triton_launch import TritonLaunch, warm_triton
+from .amp import AmpOptimizer, _refuse_capture
 from .plan import _Plan
-from .traced import TapeOptimizer
 
 # %% auto #0
 __all__ = ['fused_backend', 'FusedOptimizer']
@@ -27,34 +27,35 @@ __all__ = ['fused_backend', 'FusedOptimizer']
 _backends = dict(cpp=(cpp_kernel, KernelLaunch), triton=(triton_kernel, TritonLaunch))
 
 def _chosen_backend():
-    "`FASTXTEND_OPT_FUSED_BACKEND`, or ''; `ValueError` if there is none of that name"
+    "`FASTXTEND_OPT_FUSED_BACKEND`, or ''; `ValueError` if there is no such backend"
     name = os.environ.get('FASTXTEND_OPT_FUSED_BACKEND', '')
-    if name not in ('', *_backends): raise ValueError(f"FASTXTEND_OPT_FUSED_BACKEND={name!r}: the backends are {' and '.join(map(repr, _backends))}")
+    if name not in ('', *_backends):
+        raise ValueError(f"FASTXTEND_OPT_FUSED_BACKEND={name!r}: the backends are {' and '.join(map(repr, _backends))}")
     return name
 
 def fused_backend(
     device:torch.device, # Device of the parameters
-    chosen:str='' # 'cpp' or 'triton', to have that one; '' for what fits the device
+    chosen:str='' # 'cpp' or 'triton' to select one; '' for the one that fits the device
 ) -> str: # 'cpp' or 'triton'
-    "The backend that steps parameters on `device`; an error that says what to do if there is none"
+    "The backend that steps parameters on `device`, or an error that says what to do"
     native = {'cpu':'cpp', 'cuda':'triton', 'xpu':'triton'}.get(device.type)
     name = chosen or native
-    if name is None: raise UnsupportedError(f"fused=True has no kernels for parameters on {device}: use foreach=True there, or move the model to a CPU, CUDA, ROCm or XPU device. No parameter was changed.")
-    if name == 'cpp' and native != 'cpp': raise UnsupportedError(f"FASTXTEND_OPT_FUSED_BACKEND=cpp, but the parameters are on {device}: C++ kernels work on the CPU's memory. Unset it, or use foreach=True. No parameter was changed.")
+    if name is None:
+        raise UnsupportedError(f"fused=True has no kernels for parameters on {device}: use foreach=True there, or move the model to a CPU, CUDA, ROCm or XPU "
+                               "device. No parameter was changed.")
+    if name == 'cpp' and native != 'cpp':
+        raise UnsupportedError(f"FASTXTEND_OPT_FUSED_BACKEND=cpp, but the parameters are on {device}: C++ kernels work on the CPU's memory. Unset it, or use "
+                               "foreach=True. No parameter was changed.")
     if name == 'triton' and (interpreted := triton_interpreted()) != (native == 'cpp'):
-        raise UnsupportedError(f"TRITON_INTERPRET=1 is set: Triton's interpreter works on the CPU's memory, and the parameters are on {device}. Unset it, or use foreach=True. No parameter was changed." if interpreted else
-            f"FASTXTEND_OPT_FUSED_BACKEND=triton with parameters on {device} needs TRITON_INTERPRET=1 (Triton's interpreter, for tests). Unset it to have C++ kernels. No parameter was changed.")
+        raise UnsupportedError((f"TRITON_INTERPRET=1 is set: Triton's interpreter works on the CPU's memory, and the parameters are on {device}. Unset it, or use "
+                                "foreach=True." if interpreted else
+                                f"FASTXTEND_OPT_FUSED_BACKEND=triton with parameters on {device} needs TRITON_INTERPRET=1 (Triton's interpreter, for tests). "
+                                "Unset it to use C++ kernels.") + " No parameter was changed.")
     return name
-
-def _refuse_capture(device):
-    with torch.cuda.device(device):
-        if torch.cuda.is_current_stream_capturing():
-            raise UnsupportedError("a fused step can't be captured in a CUDA graph: learning rate and step counter are Python numbers, which each replay would repeat. Capture forward and backward, "
-                "and call `opt.step()` after each replay. No parameter was changed.")
 
 # %% ../../nbs/optimizer/fused.ipynb #09fa011f
 class _FusedPlan(_Plan):
-    "Cohorts of a fused optimizer and what is needed to launch kernels for them"
+    "Cohorts of a fused optimizer, and what launching their kernels takes"
     def __init__(self, opt):
         super().__init__(opt)
         self.how,self.backends,self.launches,self.by_row,self.parts = {},{},{},{},{}
@@ -62,12 +63,12 @@ class _FusedPlan(_Plan):
             self.backends[c] = fused_backend(c.device, opt.backend)
             self.how[c] = 'foreach' if c in self.one_by_one else fused_sort(c.params[0], c.params[0].grad, None)
         self.tables = {c:AddressTable(c, how) for c,how in self.how.items() if how in ('flat','copy')}
-        self.elements = opt._elements or sum(p.numel() for p in self.params) # the same chunks, and sums in the same order, whichever parameters have a gradient
+        self.elements = opt._elements or sum(p.numel() for p in self.params) # so that sums have the same order whichever parameters have a gradient
 
     def fresh(self, c): return c in self.tables and self.tables[c].refresh()
 
     def form(self, c, tape):
-        "The tape as a kernel takes it, and the axes that it sees as three; None if there is no kernel for it"
+        "The tape as a kernel takes it, and the axes that it sees as three; None if it has no kernel"
         if c not in self.tables: return None
         if not tape.kinds(): return tape,None
         r = collapse_axes(tape)
@@ -77,116 +78,52 @@ class _FusedPlan(_Plan):
         if c not in self.by_row: self.by_row[c] = all(p.is_contiguous() for p in c.params)
         return r if self.by_row[c] else None
 
+    def part_forms(self, c, tape, wider):
+        "The forms of the parts of a tape with opaque calls that have a kernel; `wider`: the widened tape"
+        if not tape.opaque: return []
+        return [form for part in cut_tape(wider).parts if part and (form := self.form(c, part.of(tape)))]
+
     def kernel(self, c, tape):
         if (k := tape.kernels.get(b := self.backends[c])) is None: k = tape.kernels[b] = _backends[b][0](tape)
         return k
 
     def launch(self, tables, axes, kernel):
         key = tuple(map(id, tables)) if axes[0] is None else (*map(id, tables), axes, kernel.layout)
-        if key not in self.launches:
-            if axes[0] is not None: self.launches[key] = AxesLaunch(tables, axes, kernel.layout); return self.launches[key]
-            b = self.backends[tables[0].cohort]
-            self.launches[key] = _backends[b][1](tables, **({'elements':self.elements} if b == 'triton' else {}))
+        if key not in self.launches: self.launches[key] = self._new_launch(tables, axes, kernel)
         return self.launches[key]
+
+    def _new_launch(self, tables, axes, kernel):
+        if axes[0] is not None: return AxesLaunch(tables, axes, kernel.layout)
+        b = self.backends[tables[0].cohort]
+        return _backends[b][1](tables, **({'elements':self.elements} if b == 'triton' else {}))
 
     def part_table(self, c, part):
         if (c, part) not in self.parts: self.parts[c, part] = PartTable(self.tables[c], part)
         return self.parts[c, part]
 
 # %% ../../nbs/optimizer/fused.ipynb #32d8dc75
-class _Overflow(Exception): "The step must not happen"
-
-class FusedOptimizer(TapeOptimizer):
+class FusedOptimizer(AmpOptimizer):
     "Runs its steppers as one generated kernel: one pass over memory for all parameters"
-    _sort,_make_plan = staticmethod(fused_sort),_FusedPlan
-    amp_scaling = False # Leave it to the GPU's kernels to unscale the gradients for `torch.amp.GradScaler`, and to change nothing if one has overflowed? Set it to True on an optimizer that you give to `scaler.step` yourself
-    _overflow,_amp,_elements = None,None,None
+    _sort,_make_plan,_mode = staticmethod(fused_sort),_FusedPlan,'fused'
+    _elements = None # Number of elements that all optimizers of a model have together, if each steps one parameter
     def __init__(self, params, cbs, **defaults):
         self.backend = _chosen_backend()
         super().__init__(params, cbs, **defaults)
 
-    @property
-    def _step_supports_amp_scaling(self):
-        "`GradScaler.step` looks here, and if so sets `grad_scale` and `found_inf` before it calls `step`"
-        return self.amp_scaling and len(self._passes()) == 1 and all(self.backend == 'triton' or p.device.type != 'cpu' for pg in self.param_lists for p in pg)
-
-    @property
-    def state(self): return self._settle()._state
-    @state.setter
-    def state(self, v): TapeOptimizer.state.fset(self._settle(), v)
-    def __getstate__(self): return {k:v for k,v in TapeOptimizer.__getstate__(self._settle()).items() if k not in ('_overflow','_amp')}
-
-    def _settle(self):
-        "If the last step turns out to have found an overflow, its counters go back: the kernels have changed nothing"
-        if self._overflow is None: return self
-        if self._overflow[1] and self._overflow[1].device.type == 'cuda': _refuse_capture(self._overflow[1].device)
-        (found,done,before),self._overflow = self._overflow,None
-        if done: done.synchronize()
-        if not found.item(): return self
-        for states,after,numbers,created in before:
-            for st in states:
-                for k in (*created, *(k for k in after if k not in numbers)): st.pop(k, None)
-                st.update(numbers)
-        self._plan = None
-        return self
-
-    def _take_amp(self, scale, found):
-        "Use what `GradScaler` has set; False if the step must not happen"
-        if not isinstance(found, torch.Tensor): return not found # no parameter has a gradient
-        self._cohorts()
-        if all(c in self._plan.tables for c in self._plan.cohorts):
-            self._amp = (torch.ones_like(found) if scale is None else scale).float(),found.float()
-            return True
-        return self._unscale(scale, found) # some parameter has gaps and no kernel
-
-    def _unscale(self, scale, found):
-        "The plain way, with the wait that it takes; False if the step must not happen"
-        if found.item(): return False
-        if scale is not None:
-            with torch.no_grad():
-                for p in self.all_params(with_grad=True).itemgot(0): p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
-        return True
-
-    def step(self,
-        closure=None, # Not supported, as in fastai
-        **extra # Further arguments of the steppers, for this step only
-    ):
-        "Step all parameters that have a gradient"
-        self._settle()
-        scale,found = (self.__dict__.get(k) for k in ('grad_scale','found_inf'))
-        try:
-            if found is None or self._take_amp(scale, found): super().step(closure, **extra)
-        except _Overflow: pass
-        except BaseException: # `GradScaler` takes back what it has set only if all went well
-            for k in ('grad_scale','found_inf'): self.__dict__.pop(k, None)
-            raise
-        finally: self._amp = None
+    def _all_on_gpu(self): return self.backend == 'triton' or super()._all_on_gpu()
 
     def _prepare(self, work):
         for d in {c.device for c,_,_ in work if c.device.type == 'cuda'}: _refuse_capture(d)
-        self._plan.forms = forms = [None if tape.opaque else self._plan.form(c, tape) for c,tape,_ in work]
-        self._plan.wide = wide = [None if form else widen_tape(tape) for (_,tape,_),form in zip(work, forms)] # of what is run in parts, or by foreach
-        if self._amp and not all(forms): # some tape has no kernel, or more than one
-            if not self._unscale(*self._amp): raise _Overflow
-            self._amp = None
+        plan = self._plan
+        plan.forms = forms = [None if tape.opaque else plan.form(c, tape) for c,tape,_ in work]
+        plan.wide = wide = [None if form else widen_tape(tape) for (_,tape,_),form in zip(work, forms)] # of what is run in parts, or by foreach
+        if self._amp and not all(forms): self._amp_without_kernel()
         for (c,tape,_),form,wider in zip(work, forms, wide):
-            parts = [form] if form else [self._plan.form(c, part.of(tape)) for part in cut_tape(wider).parts if part] if tape.opaque else []
-            for form in filter(None, parts):
-                kernel = self._plan.kernel(c, form[0])
-                if self._plan.backends[c] == 'triton': warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
+            for form in [form] if form else plan.part_forms(c, tape, wider): self._warm(c, plan.kernel(c, form[0]))
         if self._amp: self._remember(work)
 
-    def _remember(self, work):
-        "What a step that finds an overflow must put back; the answer travels to the CPU while the GPU goes on"
-        found,done = self._amp[1],None
-        if found.device.type == 'cpu': host = found.clone()
-        else:
-            gpu = torch.get_device_module(found.device)
-            with gpu.device(found.device): # events are recorded on the current device's stream
-                host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
-                done = gpu.Event()
-                done.record()
-        self._overflow = host,done,[(list(c.states), set(new)|set(c.numbers), c.numbers, list(tape.created)) for c,tape,new in work]
+    def _warm(self, c, kernel):
+        if self._plan.backends[c] == 'triton': warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
 
     def _created(self, c):
         if c in self._plan.tables: self._plan.tables[c].reset()
@@ -194,26 +131,35 @@ class FusedOptimizer(TapeOptimizer):
     def _run(self, work):
         plan,copies,jobs,cuts = self._plan,[],[],[]
         for (c,tape,_),form,wider in zip(work, plan.forms, plan.wide):
-            if c not in plan.tables or not (form or tape.opaque): run_foreach(wider, c.tensors(), c in plan.one_by_one, plan.pools[c]); continue
-            if plan.how[c] == 'copy': copies.append((tape, *plan.tables[c].copied_grads()))
-            torch.autograd.graph.increment_version(c.params) # before the kernel, while the tensors' headers are in the cache: autograd has to know of changes that it can't see
+            if c not in plan.tables or not (form or tape.opaque):
+                run_foreach(wider, c.tensors(), c in plan.one_by_one, plan.pools[c])
+                continue
+            grads = plan.tables[c].grads
+            if plan.how[c] == 'copy':
+                copies.append((tape, *plan.tables[c].copied_grads()))
+                grads = copies[-1][2]
+            torch.autograd.graph.increment_version(c.params) # autograd can't see what a kernel does; now, while the tensors' headers are in the cache
             if tape.known()[1]: torch.autograd.graph.increment_version(plan.tables[c].grads)
             if form: jobs.append((plan.tables[c], *form))
-            else: cuts.append((c, CutRun(wider, [c.params, copies[-1][2] if plan.how[c] == 'copy' else plan.tables[c].grads, *c.tensors()[2:]], plan.pools[c])))
+            else: cuts.append((c, CutRun(wider, [c.params, grads, *c.tensors()[2:]], plan.pools[c])))
         self._launch(jobs)
-        for k in range(max((run.cut.n for _,run in cuts), default=0)):
-            jobs = []
-            for c,run in cuts:
-                if k >= run.cut.n or (part := run.part(k)) is None: continue
-                if form := plan.form(c, part): jobs.append((plan.part_table(c, run.cut.parts[k]).fill(run.lists(k)), *form))
-                else: run_foreach(part, run.lists(k))
-            self._launch(jobs)
-            for _,run in cuts:
-                if k < run.cut.n: run.call(k)
-        for _,run in cuts: run.end()
+        self._run_cuts(cuts)
         for tape,grads,new in copies: # a stepper that changes gradients changes the real ones
             if tape.known()[1]: torch._foreach_copy_(grads, new)
         for t in plan.tables.values(): t.release()
+
+    def _run_cuts(self, cuts):
+        "Run tapes with opaque calls: part 0 of all, the calls that follow it, part 1, ..."
+        plan = self._plan
+        for k in range(max((run.cut.n for _,run in cuts), default=0)):
+            now,jobs = [(c, run) for c,run in cuts if k < run.cut.n],[]
+            for c,run in now:
+                if (part := run.part(k)) is None: continue
+                if form := plan.form(c, part): jobs.append((plan.part_table(c, run.cut.parts[k]).fill(run.lists(k)), *form))
+                else: run_foreach(part, run.lists(k))
+            self._launch(jobs)
+            for _,run in now: run.call(k)
+        for _,run in cuts: run.end()
 
     def _is_whole(self, c, k, t):
         if c not in self._plan.tables: return False

@@ -7,53 +7,128 @@ from __future__ import annotations
 import zlib
 from types import SimpleNamespace
 import torch
-from ..engine.cohort import make_cohorts
+from ..engine.cohort import check_tensors, make_cohorts
 from ..engine.ops import sround_bfloat16
-from ..engine.kinds import NeedsShape, UnsupportedError
-from ..engine.trace import trace_steppers
+from ..engine.kinds import kind_of, NeedsShape, TapeSlot, UnsupportedError
+from ..engine.trace import _Storing, trace_steppers
 from .base import StepOptimizer
+from .checks import check_memory, is_plain, trial_of
 from .storage import Storage
 
 # %% auto #0
 __all__ = ['NativeOptimizer']
 
-# %% ../../nbs/optimizer/native.ipynb #5f95c796
+# %% ../../nbs/optimizer/native.ipynb #176e86a5
 class _Watched(torch.Tensor):
     "A tensor whose `data` is itself, so that its version tells whether a stepper has written to it"
     __torch_function__ = torch._C._disabled_torch_function_impl
     data = property(lambda self: self, lambda self, v: self.copy_(v))
 
+def _wide(t): return t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
+
+def _watch(t): return t if (w := _wide(t)) is t else torch.Tensor._make_subclass(_Watched, w)
+
+class _StoringNow(_Storing):
+    "What the tape notes down about rounding, done at once"
+    def __init__(self, state, low): super().__init__(None, state, low)
+    def sround(self, t, name):
+        self.numbers = dict(sr_seed=self.seed, sr_step=(self.step+1) % 2**24)
+        return sround_bfloat16(t, float(self.seed), float(self.step), float(zlib.crc32(name.encode()) % 2**24))
+
+# %% ../../nbs/optimizer/native.ipynb #895da0f4
+class _LowStep:
+    "The step of one parameter in float32, whose tensors are kept in another dtype"
+    def __init__(self, p, state, low):
+        self.p,self.old,self.low,self.store = p,state,low,_StoringNow(state, low)
+        q = _wide(p.detach()).clone(memory_format=torch.preserve_format)
+        if low.kahan and 'kahan_comp' in state: q.add_(state['kahan_comp'].float())
+        self.q = torch.Tensor._make_subclass(_Watched, q)
+        self.q.grad = _wide(p.grad)
+        self.state = {k:_watch(v) if isinstance(v, torch.Tensor) else v for k,v in state.items() if k != 'kahan_comp'}
+        self.start = {k:(v, v._version) for k,v in {'': self.q, **self.state}.items() if type(v) is _Watched}
+
+    def run(self, cbs, hyper):
+        for cb in cbs: self.state = _update(self.state, cb(self.q, **{**self.state, **hyper}))
+
+    def new_names(self): return [k for k,v in self.state.items() if isinstance(v, torch.Tensor) and k not in self.old]
+
+    def _unchanged(self, k, t): return k in self.start and t is self.start[k][0] and t._version == self.start[k][1]
+
+    def finish(self, made):
+        "Store everything; `made`: dtypes of new state by name, as far as they are known"
+        p,q,state = self.p,self.q,self.old
+        if q.grad.dtype is not p.grad.dtype: p.grad.copy_(q.grad)
+        for k,v in self.state.items():
+            if not isinstance(v, torch.Tensor): state[k] = v
+            elif not self._unchanged(k, v): self._keep(k, v, made)
+        if self.low.kahan and 'kahan_comp' not in state: state['kahan_comp'] = torch.zeros_like(p, requires_grad=False)
+        if not self._unchanged('', q):
+            slot,q = TapeSlot('p', 'e', p.dtype),q.detach()
+            new = self.store(slot, q)
+            if self.low.kahan: state['kahan_comp'].copy_(self.store.rest(slot, q))
+            p.data.copy_(new)
+        state.update(self.store.numbers)
+        return state
+
+    def _keep(self, k, v, made):
+        old,full = self.old.get(k),v.shape == self.p.shape
+        had = isinstance(old, torch.Tensor)
+        dtype = old.dtype if had else made[k] if k in made else self.low.state if full and v.dtype is torch.float32 else v.dtype
+        new = self.store(TapeSlot(k, kind_of(v.shape, self.p.shape), dtype), v)
+        if had and old.shape == new.shape: old.copy_(new)
+        else: self.old[k] = new.clone() if new is v else new
+
+def _update(state, new): return {**state, **new} if isinstance(new, dict) else state
+
+# %% ../../nbs/optimizer/native.ipynb #3d757371
 class NativeOptimizer(StepOptimizer):
-    "fastai's `Optimizer`, with parameters and state of low precision kept as `storage` says"
+    "fastai's `Optimizer`, which keeps parameters and state of low precision as `storage` says"
     storage = Storage()
 
     def _step(self, extra):
         self._fix_state()
+        self._check_tensors(lambda twin: twin._step(extra))
         some = self._harmless(extra) if self._accumulation else {}
-        for p,pg,state,hyper in self.all_params(with_grad=True):
-            hyper,cbs = {**hyper, **extra},some.get(p, self.cbs)
-            low = self.storage.low(p.dtype)
-            if low: self._step_low(p, state, hyper, low, cbs)
-            else:
-                for cb in cbs: state = self._update(state, cb(p, **{**state, **hyper}))
-                self.state[p] = state
+        for p,_,state,hyper in self.all_params(with_grad=True): self.state[p] = self._step_one(p, state, {**hyper, **extra}, some.get(p, self.cbs))
+
+    def _step_one(self, p, state, hyper, cbs):
+        "Step `p`; returns its new state"
+        if low := self.storage.low(p.dtype):
+            step = _LowStep(p, state, low)
+            step.run(cbs, hyper)
+            return step.finish(self._made(p, state, hyper, low, cbs) if step.new_names() else {})
+        for cb in cbs: state = _update(state, cb(p, **{**state, **hyper}))
+        return state
+
+    def _rehearse(self, passes, extra): self._check_tensors(lambda twin: twin._step_passes(extra))
 
     def _pass(self, cbs, totals, extra):
         found = {}
-        for p,pg,state,hyper in self.all_params(with_grad=True):
-            hyper,low = {**hyper, **extra},self.storage.low(p.dtype)
+        for p,_,state,hyper in self.all_params(with_grad=True):
             old = {k:state.pop(k) for k in totals if k in state} # made anew, so no stepper sees them
-            if low: self._step_low(p, state, hyper, low, cbs)
-            else:
-                for cb in cbs: state = self._update(state, cb(p, **{**state, **hyper}))
-                self.state[p] = state
+            state = self.state[p] = self._step_one(p, state, {**hyper, **extra}, cbs)
             for k in totals:
-                if k not in state:
-                    if k in old: state[k] = old[k]
-                    continue
-                if not isinstance(v := state[k], torch.Tensor) or v.numel() != 1: raise ValueError(f"state '{k}' is a total: a stepper has to return one value a parameter, such as x.sum(), got {f'a tensor of shape {tuple(v.shape)}' if isinstance(v, torch.Tensor) else repr(v)}.")
-                found.setdefault(k, {}).setdefault(v.device, []).append(v.reshape(()))
+                if k in state: found.setdefault(k, {}).setdefault((v := _total(k, state[k])).device, []).append(v)
+                elif k in old: state[k] = old[k]
         return {k:[torch.stack(ts) for ts in v.values()] for k,v in found.items()}
+
+    def _check_tensors(self, try_step):
+        "Raise for what can't be stepped; `try_step` steps a twin of this optimizer, for tensors of which only a trial can tell"
+        odd,state = {},self.state
+        for p in (p for pg in self.param_lists for p in pg if getattr(p, 'grad', None) is not None):
+            if p.grad.shape != p.shape or p.grad.device != p.device: check_tensors(p, p.grad)
+            check_memory(p, 'parameter')
+            check_memory(p.grad, 'gradient', written=False)
+            if not is_plain(p, p.grad): odd[id(p), type(p), type(p.grad), p.grad.layout, tuple(state.get(p, ())), tuple(self.cbs), self._accumulation] = p
+        new = [p for key,p in odd.items() if key not in self._plan_tried]
+        if self._trial or not new: return
+        try:
+            with trial_of(self, new) as twin: try_step(twin); twin._after_step()
+        except Exception as e:
+            for p in new:
+                if not isinstance(e, UnsupportedError) and p.grad.layout is not torch.strided: check_tensors(p, p.grad) # says what to do
+            raise
+        self._plan_tried |= odd.keys()
 
     def _harmless(self, extra):
         "Parameter -> the steppers that leave it alone"
@@ -65,52 +140,22 @@ class NativeOptimizer(StepOptimizer):
     def _harmless_of(self, cohorts, extra):
         res = {}
         for c in cohorts:
-            skipped = trace_steppers(self.cbs, c.slots, c.numbers, {**self.hypers[c.group], **extra}, c.device, c.shape, self.storage.low(c.slots[0].dtype), True)[0].skipped
+            low,hyper = self.storage.low(c.slots[0].dtype),{**self.hypers[c.group], **extra}
+            skipped = trace_steppers(self.cbs, c.slots, c.numbers, hyper, c.device, c.shape, low, True)[0].skipped
             cbs = [cb for i,cb in enumerate(self.cbs) if i not in skipped]
             res.update((p, cbs) for p in c.params)
         return res
 
-    def _step_low(self, p, state, hyper, low, cbs):
-        "Take a step on float32 copies, and put back what they have become"
-        if low.kahan and 'kahan_comp' not in state: state['kahan_comp'] = torch.zeros_like(p, requires_grad=False)
-        wide = lambda t: t.float() if t.dtype in (torch.bfloat16, torch.float16) else t
-        q = wide(p.detach()).clone(memory_format=torch.preserve_format)
-        if low.kahan: q.add_(state['kahan_comp'].float())
-        q = torch.Tensor._make_subclass(_Watched, q)
-        q.grad = wide(p.grad)
-        watch = lambda t: t if (w := wide(t)) is t else torch.Tensor._make_subclass(_Watched, w)
-        version,st = q._version,{k:watch(v) if isinstance(v, torch.Tensor) else v for k,v in state.items() if k != 'kahan_comp'}
-        before = {k:(v, v._version) for k,v in st.items() if type(v) is _Watched}
-        for cb in cbs: st = self._update(st, cb(q, **{**st, **hyper}))
-        if q.grad.dtype is not p.grad.dtype: p.grad.copy_(q.grad)
-        made = self._made(p, state, hyper, low, cbs) if any(isinstance(v, torch.Tensor) and k not in state for k,v in st.items()) else {}
-        seed,step,used = state.get('sr_seed', low.seed),state.get('sr_step', 0),False
-        def keep(t, dtype, name, rounding):
-            nonlocal used
-            if dtype is not torch.bfloat16 or t.dtype is dtype or not rounding: return t.to(dtype)
-            used = True
-            return sround_bfloat16(t, float(seed), float(step), float(zlib.crc32(name.encode()) % 2**24))
-        for k,v in st.items():
-            if not isinstance(v, torch.Tensor): state[k] = v; continue
-            if k in before and v is before[k][0] and v._version == before[k][1]: continue # as it was: it is not rounded again
-            old,each = state.get(k),v.shape == p.shape
-            dtype = old.dtype if isinstance(old, torch.Tensor) else made[k] if k in made else low.state if each and v.dtype is torch.float32 else v.dtype
-            new = keep(v, dtype, k, each)
-            if isinstance(old, torch.Tensor) and old.shape == new.shape: old.copy_(new)
-            else: state[k] = new.clone() if new is v else new
-        if q._version != version:
-            new = keep(q.detach(), p.dtype, 'p', low.rounding)
-            if low.kahan: state['kahan_comp'].copy_(keep(q.detach() - new.float(), p.dtype, 'kahan_comp', True))
-            p.data.copy_(new)
-        if used: state.update(sr_seed=seed, sr_step=(step+1) % 2**24)
-        self.state[p] = state
-
     def _made(self, p, state, hyper, low, cbs):
         "dtypes of the state that the next step makes, by name, as far as the steppers can be traced"
         c, = make_cohorts(SimpleNamespace(param_lists=[[p]], state={p:state}))
-        try: tape,_ = trace_steppers(cbs if not self._accumulation else self.cbs, c.slots, c.numbers, hyper, c.device, p.shape, low, self._accumulation)
+        if self._accumulation: cbs = self.cbs
+        try: tape,_ = trace_steppers(cbs, c.slots, c.numbers, hyper, c.device, p.shape, low, self._accumulation)
         except UnsupportedError: return {}
         return {k:dtype for k,(_,dtype,_) in tape.created.items()}
 
-    @staticmethod
-    def _update(state, new): return {**state, **new} if isinstance(new, dict) else state
+def _total(k, v):
+    "State `k` of a parameter as a number in a tensor, or a `ValueError`"
+    if isinstance(v, torch.Tensor) and v.numel() == 1: return v.reshape(())
+    got = f'a tensor of shape {tuple(v.shape)}' if isinstance(v, torch.Tensor) else repr(v)
+    raise ValueError(f"state '{k}' is a total: a stepper must return one value per parameter, such as x.sum(), got {got}.")

@@ -14,16 +14,17 @@ __all__ = ['check_hyper', 'dry_run', 'in_dry_run', 'Between']
 
 # %% ../../nbs/optimizer/passes.ipynb #e654bbc2
 def check_hyper(
-    name:str, # Name of the hyper-parameter
+    name:str, # Name of the hyperparameter
     v # Its value
 ): # `v`; numbers as Python numbers
-    "A hyper-parameter as a stepper gets it; `ValueError` if it isn't finite, or a sequence"
+    "A hyperparameter as a stepper gets it; `ValueError` if it isn't finite, or a sequence"
     if isinstance(v, torch.Tensor) and v.numel()==1: v = v.item()
     if isinstance(v, numbers.Real):
         if not isinstance(v, (bool,int)): v = float(v)
-        if not math.isfinite(v): raise ValueError(f"hyper-parameter '{name}' is {v}: it must be finite. No parameter was changed.")
+        if not math.isfinite(v): raise ValueError(f"hyperparameter '{name}' is {v}: it must be finite. No parameter was changed.")
     elif isinstance(v, (tuple,list,L,dict,set,torch.Tensor)):
-        raise ValueError(f"hyper-parameter '{name}' is {v!r}: fastai hyper-parameters are one number a group (a sequence is split over the groups). Use a name for each value, or close over it with functools.partial.")
+        raise ValueError(f"hyperparameter '{name}' is {v!r}: a hyperparameter is one number per group (fastai splits a sequence over the groups). "
+                         "Use a name for each value, or bind it with functools.partial.")
     return v
 
 # %% ../../nbs/optimizer/passes.ipynb #2f8faf28
@@ -31,53 +32,58 @@ _dry_runs = [0]
 
 @contextmanager
 def dry_run():
-    "Within the block, steppers that need what only a training loop has take the gradient for it: for trials, measurements and tests"
+    "Within the block, steppers that need what only a training loop has use the gradient instead: for trials, measurements and tests"
     _dry_runs[0] += 1
     try: yield
     finally: _dry_runs[0] -= 1
 
 def in_dry_run()->bool:
-    "May a stepper take the gradient for what is missing?"
+    "May a stepper use the gradient instead of what is missing?"
     return _dry_runs[0] > 0
 
 # %% ../../nbs/optimizer/passes.ipynb #359c866e
 _totals = dict(sum=torch.sum, max=torch.amax, min=torch.amin)
 
 class Between:
-    "A place between two passes of a step, and the function that is called there once for the whole model"
-    whole_model = True # said to gradient release
+    "A place between two passes of a step, with a function that is called there once for the whole model"
+    whole_model = True # read by gradient release
     def __init__(self,
-        f, # Function of totals, hyper-parameters of the first group and `hypers`, those of all groups, by name; it returns a dict of numbers for all groups, or None to end the step here
-        totals:dict|tuple=(), # Names of state of one value a parameter, which the pass before makes anew, and 'sum', 'max', 'min' or a function of a tensor of all values; a tuple of names: their sums
+        f, # Function of the totals, the first group's hyperparameters and `hypers`, those of all groups; it returns a dict of numbers for all groups, or None to end the step here
+        totals:dict|tuple=(), # State of one value per parameter -> 'sum', 'max', 'min' or a function of a tensor of all values; a tuple of names: their sums
         **defaults # Numbers that `f` may return, with their values before the first step
     ):
         self.f,self.func,self.defaults = f,getattr(f, 'func', f),defaults
         self.totals = dict(totals) if isinstance(totals, dict) else {k:'sum' for k in totals}
         for k,v in self.totals.items():
-            if not callable(v) and v not in _totals: raise ValueError(f"Between: totals[{k!r}]={v!r} must be 'sum', 'max', 'min', or a function of a tensor with the values of all parameters.")
-        if (both := self.totals.keys() & defaults.keys()): raise ValueError(f"Between: {', '.join(sorted(both))}: a total and a number of the whole model need two names.")
+            if not callable(v) and v not in _totals:
+                raise ValueError(f"Between: totals[{k!r}]={v!r} must be 'sum', 'max', 'min', or a function of a tensor with the values of all parameters.")
+        if (both := self.totals.keys() & defaults.keys()):
+            raise ValueError(f"Between: {', '.join(sorted(both))}: a total and a number of the whole model need two names.")
         self.__name__ = getattr(self.func, '__name__', type(f).__name__)
 
     def __call__(self, p, **kwargs):
-        raise NotImplementedError(f"'{self.__name__}' stands between two passes over all parameters and can't run for one: it has to be an entry of `cbs` of an optimizer of this package (NativeOptimizer, or one of the modes). No wrapper of steppers can go round it.")
+        raise NotImplementedError(f"'{self.__name__}' runs between two passes over all parameters and can't run for one: it must be an entry of `cbs` of an "
+                                  "optimizer of this package (NativeOptimizer, or one of the modes). No wrapper of steppers can wrap it.")
 
     def __repr__(self): return f"Between({self.__name__})"
 
     def numbers(self,
-        found:dict, # Name to a list of tensors of one axis
-        hypers:list, # Hyper-parameters of all groups
+        found:dict, # Name -> a list of tensors with one axis
+        hypers:list, # Hyperparameters of all groups
         extra:dict # Further arguments of this step
     )->dict|None: # Numbers for all groups; None: the step ends
-        "What the function makes of the totals"
+        "What the function returns for these totals"
         new = self.f(**{**self.defaults, **hypers[0], **self._read(found), **extra}, hypers=[dict(h) for h in hypers])
         if new is None: return None
-        if (unknown := [k for k in new if k not in self.defaults]): raise ValueError(f"'{self.__name__}' returned {', '.join(unknown)}: what it may return is named, with a start, where its Between is made ({', '.join(self.defaults) or 'nothing is'}).")
+        if (unknown := [k for k in new if k not in self.defaults]):
+            raise ValueError(f"'{self.__name__}' returned {', '.join(unknown)}: what it may return is named, with its first value, where its Between is made "
+                             f"({', '.join(self.defaults) or 'nothing is'}).")
         return {k:check_hyper(k, v) for k,v in new.items()}
 
     def _read(self, found):
         "All totals as Python numbers, with one wait for a GPU; 0 (of 'max' and 'min': -inf and inf) if there are no values"
-        res,got = {'sum':0., 'max':-math.inf, 'min':math.inf},{k:v for k,v in found.items() if v}
-        none = {k:res.get(how, 0.) for k,how in self.totals.items() if k not in got}
+        empty,got = {'sum':0., 'max':-math.inf, 'min':math.inf},{k:v for k,v in found.items() if v}
+        none = {k:empty.get(how, 0.) for k,how in self.totals.items() if k not in got}
         if not got: return none
         device = next(iter(got.values()))[0].device
         dtype = torch.float32 if device.type == 'mps' else torch.float64

@@ -8,6 +8,7 @@ from collections import defaultdict
 from operator import is_
 import torch
 from ..engine.cohort import make_cohorts
+from .checks import check_memory, is_plain
 
 # %% auto #0
 __all__ = ['OptimState', 'shared_params']
@@ -24,15 +25,10 @@ class OptimState(defaultdict):
             return f(self, *args, **kwargs)
         return _inner
     __setitem__,__delitem__,__missing__ = map(_changed, (defaultdict.__setitem__, defaultdict.__delitem__, defaultdict.__missing__))
-    pop,popitem,clear,update,setdefault,__ior__ = map(_changed, (defaultdict.pop, defaultdict.popitem, defaultdict.clear, defaultdict.update, defaultdict.setdefault, defaultdict.__ior__))
+    pop,popitem,clear = map(_changed, (defaultdict.pop, defaultdict.popitem, defaultdict.clear))
+    update,setdefault,__ior__ = map(_changed, (defaultdict.update, defaultdict.setdefault, defaultdict.__ior__))
 
-# %% ../../nbs/optimizer/plan.ipynb #2d5a659d
-def _flat(lists):
-    "All parameters, and how many each group has"
-    ps,ns = [],[]
-    for pg in lists: ps.extend(pg); ns.append(len(pg))
-    return ps,ns
-
+# %% ../../nbs/optimizer/plan.ipynb #2f76ddcb
 def shared_params(
     params # Parameters
 ) -> set: # ids of those of them that share memory with another one
@@ -46,6 +42,13 @@ def shared_params(
 
 def _extent(p): return 1 + sum((n-1)*s for n,s in zip(p.shape, p.stride()))
 
+# %% ../../nbs/optimizer/plan.ipynb #2d5a659d
+def _flat(lists):
+    "All parameters, and how many each group has"
+    ps,ns = [],[]
+    for pg in lists: ps.extend(pg); ns.append(len(pg))
+    return ps,ns
+
 class _Plan:
     "The cohorts of an optimizer, and whether they still hold"
     def __init__(self, opt):
@@ -53,11 +56,20 @@ class _Plan:
         self.params,self.sizes = _flat(opt.param_lists)
         self.idle = [p for p in self.params if p.grad is None]
         self.cohorts = make_cohorts(opt, opt._by_shape, opt._sort)
+        self.unusual = {c for c in self.cohorts if not self._check(c)}
         shared = shared_params(p for c in self.cohorts for p in c.params)
-        self.one_by_one = {c for c in self.cohorts if shared and any(id(p) in shared for p in c.params)} # parameters that share memory are stepped in turn
+        self.one_by_one = {c for c in self.cohorts if shared and any(id(p) in shared for p in c.params)}
         self.state,self.version,self.by_shape = opt.state,opt.state.version,opt._by_shape
         self.rehearsed = False
         self.pools = defaultdict(dict) # Cohort -> buffers of its opaque calls
+
+    def _check(self, c):
+        "Raise if the memory of a tensor can't be used; are all tensors of `c` plain ones?"
+        tensors = c.tensors()
+        for slot,ts in zip(c.slots, tensors):
+            what = {'p':'parameter', 'grad':'gradient'}.get(slot.name, f"state '{slot.name}'")
+            for t in ts: check_memory(t, what, slot.name != 'grad')
+        return all(is_plain(*ts) for ts in tensors)
 
     def valid(self, opt):
         if self.state is not opt.state or self.version != opt.state.version or self.by_shape != opt._by_shape: return False

@@ -4,50 +4,41 @@
 
 # %% ../../nbs/optimizer/traced.ipynb #a51a843a
 from __future__ import annotations
-import copy
-from collections import Counter
 from operator import attrgetter, itemgetter
 import torch
-from fastcore.foundation import L
+from fastcore.basics import patch
 from ..engine.cohort import FLOAT_DTYPES
 from ..engine.foreach import run_foreach
 from ..engine.kinds import kind_of, NeedsShape, opaque_shape, TapeSlot
 from ..engine.torchscript import compile_script, run_script
 from ..engine.trace import trace_steppers
 from .base import StepOptimizer
+from .checks import put_back, trial_of
 from .passes import check_hyper
 from .plan import _Plan, OptimState
 
 # %% auto #0
 __all__ = ['TapeOptimizer', 'ForEachOptimizer', 'JitOptimizer']
 
-# %% ../../nbs/optimizer/traced.ipynb #1cabb1f3
-class TapeOptimizer(StepOptimizer):
-    "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
-    _sort = None # What cohorts are sorted by beside dtypes and state
+# %% ../../nbs/optimizer/traced.ipynb #c826181e
+class _Traced(StepOptimizer):
+    "What an optimizer that traces its steppers keeps from step to step"
+    _sort = None # What else cohorts are sorted by, in addition to dtypes and state
     storage = None # A `Storage`, or None: steppers work on the tensors as they are
     _plan,_make_plan,_checked = None,_Plan,False
     _traces = None # Traces to use again, by what they depend on
     def __init__(self,
         params, # Model parameters, a list of them, or a list of such lists (parameter groups)
-        cbs, # Steppers: functions of a parameter, its state and hyper-parameters by name
-        **defaults # Default hyper-parameters, one number each (or one a group)
+        cbs, # Steppers: functions of a parameter, its state and hyperparameters by name
+        **defaults # Default hyperparameters, one number each (or one per group)
     ):
         for k,v in defaults.items():
             if isinstance(v, (tuple,dict,set)): check_hyper(k, v)
-        params = L(params)
-        if not len(params): raise ValueError("an optimizer needs at least one parameter, got an empty list")
         super().__init__(params, cbs, **defaults)
-        ps = [p for pg in self.param_lists for p in pg]
-        for p in ps:
-            if not isinstance(p, torch.Tensor): raise ValueError(f"an optimizer takes tensors (or lists of them), got a {type(p).__name__}: {str(p)[:80]}")
-        if any(n > 1 for n in Counter(map(id, ps)).values()): raise ValueError("a parameter is given more than once: it would be stepped more than once")
 
     state = property(lambda self: self._state)
     @state.setter
     def state(self, v): self._state = v if type(v) is OptimState else OptimState(v); self._by_shape = False
-
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if not k.startswith('_plan')}
 
     def _hypers(self):
         return [{k:v if type(v) is float and v-v == 0 else check_hyper(k, v) for k,v in h.items()} for h in self.hypers]
@@ -56,27 +47,68 @@ class TapeOptimizer(StepOptimizer):
         if self._plan is None or not self._plan.valid(self): self._plan = self._make_plan(self)
         return self._plan.cohorts
 
+    def _low(self, c): return self.storage and self.storage.low(c.slots[0].dtype)
+
+    def _fill_grads(self):
+        grads = [g for g in map(attrgetter('grad'), (p for pg in self.param_lists for p in pg)) if g is not None]
+        if any(map(attrgetter('requires_grad'), grads)):
+            for g in grads: g.detach_()
+        with torch.no_grad():
+            if grads: torch._foreach_zero_(grads)
+
+# %% ../../nbs/optimizer/traced.ipynb #445605b1
+class _CheckedLoad(_Traced):
+    "Checks of a state dict that is about to be loaded"
+    def _check_loaded(self, ps, state, hypers):
+        for h in hypers:
+            for k,v in h.items(): check_hyper(k, v)
+        for st in state:
+            for k,v in st.items():
+                if isinstance(v, torch.Tensor) and v.dtype not in FLOAT_DTYPES: raise ValueError(f"state '{k}' is {v.dtype}, not a float. Nothing was loaded.")
+        groups,seen = [h for h,pg in zip(hypers, self.param_lists) for _ in pg],set()
+        for p,st,h in zip(ps, state, groups):
+            slots = sorted(TapeSlot(k, kind_of(v.shape, p.shape), v.dtype) for k,v in st.items() if isinstance(v, torch.Tensor))
+            if not any(s.kind[0] == 'o' for s in slots): continue
+            numbers = {k:v for k,v in st.items() if not isinstance(v, torch.Tensor)}
+            key = p.shape,p.dtype,tuple(slots),repr(numbers),id(h)
+            if key not in seen: self._check_opaque(p, slots, numbers, h)
+            seen.add(key)
+
+    def _check_opaque(self, p, slots, numbers, hyper):
+        "`ValueError` if the steppers can't work with the shapes of `slots`"
+        all_slots = TapeSlot('p', 'e', p.dtype),TapeSlot('grad', 'e', p.dtype),*slots
+        try: trace_steppers(self.cbs, all_slots, numbers, hyper, p.device, p.shape, self.storage and self.storage.low(p.dtype))
+        except ValueError as e:
+            opaque = [s for s in slots if s.kind[0] == 'o']
+            s = next((s for s in opaque if f"'{s.name}'" in str(e)), opaque[0])
+            raise ValueError(f"state '{s.name}' has shape {tuple(opaque_shape(s.kind))}, its parameter {tuple(p.shape)}, "
+                             f"and the steppers can't work with that: {e} Nothing was loaded.") from None
+        except Exception: pass # the steppers want arguments that only a step has: the step will trace them, and say what is wrong
+
+# %% ../../nbs/optimizer/traced.ipynb #36cfb172
+class TapeOptimizer(_CheckedLoad):
+    "A fastai `Optimizer` that traces its steppers and leaves the work to a backend"
     def _trace(self, extra, hypers=None, cbs=None, anew=()):
-        "A (cohort, tape, numbers after the step) triple a cohort"
+        "A (cohort, tape, numbers after the step) triple for each cohort"
         if hypers is None: hypers = self._hypers()
-        if cbs is not None: return [(c, *self._trace_pass(cbs, c, c.slots, c.numbers, {**hypers[c.group], **extra}, anew)) for c in self._checked_cohorts()]
-        return [(c, *self._trace_one(c, {**hypers[c.group], **extra})) for c in self._cohorts()]
+        if cbs is None: return [(c, *self._trace_one(c, {**hypers[c.group], **extra})) for c in self._cohorts()]
+        return [(c, *self._trace_pass(cbs, c, c.slots, c.numbers, {**hypers[c.group], **extra}, anew)) for c in self._checked_cohorts()]
 
     def _checked_cohorts(self):
-        "The cohorts; those that `_rehearse` has looked at are not looked at again by the first pass"
+        "The cohorts; the first pass doesn't check again those that `_rehearse` has checked"
         if not self._checked: return self._cohorts()
         self._checked = False
         return self._plan.cohorts
 
     def _trace_pass(self, cbs, c, slots, numbers, hyper, anew):
-        return trace_steppers(cbs, slots, numbers, hyper, c.device, c.shape, self.storage and self.storage.low(c.slots[0].dtype), anew=anew)
+        return trace_steppers(cbs, slots, numbers, hyper, c.device, c.shape, self._low(c), anew=anew)
 
     def _trace_one(self, c, hyper):
-        args = c.device,c.shape,self.storage and self.storage.low(c.slots[0].dtype),self._accumulation
+        args = c.device,c.shape,self._low(c),self._accumulation
         if self._traces is None: return trace_steppers(self.cbs, c.slots, c.numbers, hyper, *args)
         key = c.slots,tuple(c.numbers.items()),tuple(hyper.items()),*args
         try: r = self._traces.get(key)
-        except TypeError: return trace_steppers(self.cbs, c.slots, c.numbers, hyper, *args) # a state entry or hyper-parameter that can't be hashed
+        except TypeError: return trace_steppers(self.cbs, c.slots, c.numbers, hyper, *args) # state or a hyperparameter that can't be hashed
         if r is None: r = self._traces[key] = trace_steppers(self.cbs, c.slots, c.numbers, hyper, *args)
         return r
 
@@ -84,64 +116,40 @@ class TapeOptimizer(StepOptimizer):
         while True:
             try: work = self._trace(extra, hypers, cbs, anew); break
             except NeedsShape as e: self._by_shape,self._plan = e.by,None
+        if self._plan.unusual and cbs is None: self._try_step(work, extra, hypers)
         self._prepare(work)
-        for c,tape,_ in work: self._create(c, tape)
-        for c,_,new in work: self._set_numbers(c, new)
-        self._run(work)
+        before = [c.numbers for c,_,_ in work]
+        try:
+            for c,tape,_ in work: self._create(c, tape)
+            for c,_,new in work: self._set_numbers(c, new)
+            self._run(work)
+        except BaseException:
+            for (c,tape,new),numbers in zip(work, before): put_back(c.states, numbers, (*tape.created, *new))
+            self._plan = None
+            raise
         return work
 
-    def _rehearse(self, passes, extra):
-        while True:
-            cohorts,self._checked = self._cohorts(),True
-            if self._plan.rehearsed: return
-            try:
-                hypers,last,works = self._hypers(),[(c.slots, c.numbers) for c in cohorts],[]
-                for cbs,after in passes:
-                    anew = tuple(after.totals) if after else ()
-                    work = [(c, *self._trace_pass(cbs, c, *l, {**hypers[c.group], **extra}, anew)) for c,l in zip(cohorts, last)]
-                    for c,tape,_ in work:
-                        for k in anew:
-                            if tape.created.get(k, 's')[0] != 's': raise ValueError(f"state '{k}' is a total of '{after.__name__}', and has a value an element: a stepper has to return one value a parameter, such as x.sum(). No parameter was changed.")
-                    works.append(work); last = [(tape.slots, new) for _,tape,new in work]
-                break
-            except NeedsShape as e: self._by_shape,self._plan = e.by,None
-        try:
-            for work in works: self._prepare(work)
-        finally: self._checked = False # compiling takes its time
-        self._plan.rehearsed = True
+    def _try_step(self, work, extra, hypers):
+        "Try new tapes of unusual cohorts on copies"
+        self._try([(c, tape.key) for c,tape,_ in work if c in self._plan.unusual], lambda twin: twin._step(extra, hypers))
 
-    def _pass(self, cbs, totals, extra):
-        work,found = self._step(extra, None, cbs, tuple(totals)),{}
-        for k in totals:
-            for c,tape,_ in work:
-                i = next((i for i,s in enumerate(tape.slots) if s.name == k), None)
-                if i is not None and (k in tape.created or any(j == i for j,_ in tape.stores)): found.setdefault(k, []).append(self._values(c, k))
-        return found
-
-    def _values(self, c, k):
-        "State `k` of all parameters of a cohort as one tensor, whose elements are that state from then on"
-        if (t := c.whole.get(k)) is None or not self._is_whole(c, k, t):
-            t = c.whole[k] = torch.stack([st[k].reshape(()) for st in c.states])
-            for p,st,v in zip(c.params, c.states, t.unbind()): st[k] = v
-            c.keep()
-            self._created(c)
-        return t
-
-    def _is_whole(self, c, k, t): return True # `Cohort.unchanged` has looked
+    def _try(self, work, step):
+        "Take a step with copies of those of the (cohort, key) pairs that are new"
+        new = {(key, *((id(p), type(p), type(p.grad)) for p in c.params)):c for c,key in work}
+        new = {k:c for k,c in new.items() if k not in self._plan_tried}
+        if self._trial or not new: return
+        with trial_of(self, [p for c in new.values() for p in c.params]) as twin: step(twin); twin._after_step()
+        self._plan_tried |= new.keys()
 
     def _prepare(self, work):
-        "Compile what is to be run: the last chance to fail before something changes"
+        "Compile what is about to run: the last chance to fail before something changes"
     def _run(self, work): raise NotImplementedError
 
     def _create(self, c, tape):
-        "Make the state tensors that a step needs for the first time"
+        "Create the state tensors that a step needs for the first time"
         if not tape.created: return
         for k,(kind,dtype,value) in tape.created.items():
-            for p,st in zip(c.params, c.states):
-                if isinstance(value, str): st[k] = {'p':p, 'grad':p.grad, **st}[value].detach().clone()
-                elif kind == 'e': st[k] = torch.full_like(p, value or 0., dtype=dtype, requires_grad=False)
-                elif kind[0] == 'o': st[k] = torch.zeros(opaque_shape(kind), dtype=dtype, device=p.device)
-                else: st[k] = torch.full([n if o == 'n' else 1 for n,o in zip(p.shape, kind)] if kind != 's' else (), value or 0., dtype=dtype, device=p.device)
+            for p,st in zip(c.params, c.states): st[k] = _new_state(p, st, kind, dtype, value)
         c.slots,c.numbers = tape.slots,{k:v for k,v in c.numbers.items() if k not in tape.created}
         c.keep()
         self._created(c)
@@ -149,83 +157,93 @@ class TapeOptimizer(StepOptimizer):
 
     def _set_numbers(self, c, numbers):
         if numbers == c.numbers: return
-        new = {k:v for k,v in numbers.items() if k not in c.numbers or c.numbers[k] is not v}
-        self._write(c, new)
+        self._write(c, {k:v for k,v in numbers.items() if k not in c.numbers or c.numbers[k] is not v})
         c.numbers = dict(sorted(numbers.items(), key=itemgetter(0)))
 
     def _write(self, c, numbers):
         for st in c.states: st.update(numbers)
 
-    def zero_grad(self,
-        set_to_none:bool=False # Drop the gradients instead of filling them with zeros
-    ):
-        "Zero the gradients of all parameters"
-        if set_to_none:
-            for pg in self.param_lists:
-                for p in pg: p.grad = None
-            return
-        grads = [g for g in map(attrgetter('grad'), (p for pg in self.param_lists for p in pg)) if g is not None]
-        if any(map(attrgetter('requires_grad'), grads)):
-            for g in grads: g.detach_()
-        with torch.no_grad():
-            if grads: torch._foreach_zero_(grads)
+def _new_state(p, st, kind, dtype, value):
+    "A new state tensor of parameter `p`: a copy of the tensor named `value`, or filled with that number"
+    if isinstance(value, str): return {'p':p, 'grad':p.grad, **st}[value].detach().clone()
+    if kind == 'e': return torch.full_like(p, value or 0., dtype=dtype, requires_grad=False)
+    if kind[0] == 'o': return torch.zeros(opaque_shape(kind), dtype=dtype, device=p.device)
+    shape = [n if o == 'n' else 1 for n,o in zip(p.shape, kind)] if kind != 's' else ()
+    return torch.full(shape, value or 0., dtype=dtype, device=p.device)
 
-    def state_dict(self):
-        "State and hyper-parameters in fastai's layout, as plain lists and dicts"
-        return self._saved({'state': [dict(self.state.get(p, {})) for pg in self.param_lists for p in pg], 'hypers': [dict(h) for h in self.hypers]})
+# %% ../../nbs/optimizer/traced.ipynb #2be9fee5
+@patch
+def _rehearse(self:TapeOptimizer, passes, extra):
+    "Trace and compile all passes of a new plan"
+    while True:
+        cohorts,self._checked = self._cohorts(),True
+        self._plan_numbers = [(c, c.numbers) for c in cohorts]
+        if self._plan.unusual: self._try([(c, c.slots) for c in self._plan.unusual], lambda twin: twin._step_passes(extra)) # as `_try_step` does
+        if self._plan.rehearsed: return
+        try: works = self._trace_passes(cohorts, passes, extra); break
+        except NeedsShape as e: self._by_shape,self._plan = e.by,None
+    try:
+        for work in works: self._prepare(work)
+    finally: self._checked = False # compiling takes its time
+    self._plan.rehearsed = True
 
-    def load_state_dict(self,
-        sd:dict # As `state_dict` returns it, from any mode
-    ):
-        "Load `sd`, which is left as it is; tensors are copied to their parameter's device and keep their dtype"
-        ps = [p for pg in self.param_lists for p in pg]
-        if not isinstance(sd, dict) or 'state' not in sd or 'hypers' not in sd: raise ValueError("a state dict has the entries 'state' and 'hypers'")
-        state,hypers = list(sd['state']),list(sd['hypers'])
-        if len(hypers) != len(self.param_lists): raise ValueError(f"the state dict has {len(hypers)} parameter groups, the optimizer {len(self.param_lists)}")
-        if len(state) != len(ps): raise ValueError(f"the state dict has {len(state)} parameters, the optimizer {len(ps)}")
-        for h in hypers:
-            if not isinstance(h, dict): raise ValueError(f"a group's hyper-parameters are a dict, got {type(h).__name__}")
-            for k,v in h.items(): check_hyper(k, v)
-        for p,st in zip(ps, state):
-            if not isinstance(st, dict): raise ValueError(f"a parameter's state is a dict, got {type(st).__name__}")
-            for k,v in st.items():
-                if not isinstance(v, torch.Tensor): continue
-                if v.dtype not in FLOAT_DTYPES: raise ValueError(f"state '{k}' is {v.dtype}, not a float. Nothing was loaded.")
-        self._check_opaque(ps, state, hypers)
-        def _copy(p, v): return v.detach().to(p.device, copy=True) if isinstance(v, torch.Tensor) else copy.copy(v)
-        new = OptimState({p:{k:_copy(p, v) for k,v in st.items()} for p,st in zip(ps, state)})
-        self.hypers,self.state = L(dict(h) for h in hypers),new
-        self._fix_state(True)
+@patch
+def _trace_passes(self:TapeOptimizer, cohorts, passes, extra):
+    "What `_trace` returns, for each pass"
+    hypers,last,works = self._hypers(),[(c.slots, c.numbers) for c in cohorts],[]
+    for cbs,after in passes:
+        anew = tuple(after.totals) if after else ()
+        work = [(c, *self._trace_pass(cbs, c, *l, {**hypers[c.group], **extra}, anew)) for c,l in zip(cohorts, last)]
+        for k in (k for _,tape,_ in work for k in anew if tape.created.get(k, 's')[0] != 's'):
+            raise ValueError(f"state '{k}' is a total of '{after.__name__}', and has a value per element: a stepper must return one value per parameter, "
+                             "such as x.sum(). No parameter was changed.")
+        works.append(work)
+        last = [(tape.slots, new) for _,tape,new in work]
+    return works
 
-    def _check_opaque(self, ps, state, hypers):
-        "Does the state that is to be loaded have a shape of its own only where the steppers give it to opaque calls? `ValueError` if not"
-        groups,seen = [h for h,pg in zip(hypers, self.param_lists) for _ in pg],set()
-        for p,st,h in zip(ps, state, groups):
-            slots = sorted(TapeSlot(k, kind_of(v.shape, p.shape), v.dtype) for k,v in st.items() if isinstance(v, torch.Tensor))
-            if not any(s.kind[0] == 'o' for s in slots): continue
-            numbers = {k:v for k,v in st.items() if not isinstance(v, torch.Tensor)}
-            key = p.shape,p.dtype,tuple(slots),repr(numbers),id(h)
-            if key in seen: continue
-            try: trace_steppers(self.cbs, (TapeSlot('p', 'e', p.dtype), TapeSlot('grad', 'e', p.dtype), *slots), numbers, h, p.device, p.shape, self.storage and self.storage.low(p.dtype))
-            except ValueError as e:
-                s = next((s for s in slots if s.kind[0] == 'o' and f"'{s.name}'" in str(e)), next(s for s in slots if s.kind[0] == 'o'))
-                raise ValueError(f"state '{s.name}' has shape {tuple(opaque_shape(s.kind))}, its parameter {tuple(p.shape)}, and the steppers can't work with that: {e} Nothing was loaded.") from None
-            except Exception: pass # they want what only a step has, as its own arguments: it will trace them, and say what is wrong
-            seen.add(key)
+# %% ../../nbs/optimizer/traced.ipynb #bc92f5b4
+@patch
+def _pass(self:TapeOptimizer, cbs, totals, extra):
+    work,found = self._step(extra, None, cbs, tuple(totals)),{}
+    for k in totals:
+        for c,tape,_ in work:
+            i = next((i for i,s in enumerate(tape.slots) if s.name == k), None)
+            if i is not None and (k in tape.created or any(j == i for j,_ in tape.stores)): found.setdefault(k, []).append(self._values(c, k))
+    return found
 
-    def __repr__(self):
-        from fastxtend_opt.engine.tape import _name
-        n = sum(p.numel() for pg in self.param_lists for p in pg)
-        return f"{type(self).__name__}([{', '.join(map(_name, self.cbs))}], {len(self.param_lists)} groups, {sum(map(len, self.param_lists))} parameters, {n:,} elements)"
+@patch
+def _values(self:TapeOptimizer, c, k):
+    "State `k` of all parameters of a cohort as one tensor, whose elements are that state from then on"
+    if (t := c.whole.get(k)) is None or not self._is_whole(c, k, t):
+        t = c.whole[k] = torch.stack([st[k].reshape(()) for st in c.states])
+        for p,st,v in zip(c.params, c.states, t.unbind()): st[k] = v
+        c.keep()
+        self._created(c)
+    return t
+
+@patch
+def _is_whole(self:TapeOptimizer, c, k, t): return True # `Cohort.unchanged` has looked
+
+@patch
+def _step_passes(self:TapeOptimizer, extra):
+    "The passes; if one fails, the numbers in the state are those before the first one"
+    self._plan_numbers = []
+    try: super(TapeOptimizer, self)._step_passes(extra)
+    except BaseException:
+        for c,numbers in self._plan_numbers: put_back(c.states, numbers, list(c.numbers))
+        self._plan = None
+        raise
 
 # %% ../../nbs/optimizer/traced.ipynb #a35d7ab5
 class ForEachOptimizer(TapeOptimizer):
     "Runs its steppers an operation at a time over many parameters, with `torch._foreach_*`"
+    _mode = 'foreach'
     def _run(self, work):
         for c,tape,_ in work: run_foreach(tape, c.tensors(), c in self._plan.one_by_one, self._plan.pools[c])
 
 class JitOptimizer(TapeOptimizer):
     "Runs its steppers as one TorchScript function, a parameter at a time"
+    _mode = 'jit'
     def _prepare(self, work):
         for _,tape,_ in work: compile_script(tape)
     def _run(self, work):

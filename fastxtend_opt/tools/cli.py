@@ -12,12 +12,14 @@ __all__ = ['main']
 # %% ../../nbs/tools/cli.ipynb #672e42b7
 def _bench_parser(sub):
     p = sub.add_parser('bench', help='step times of optimizers, modes and peers',
-        description='Step times of optimizers x modes x peers on the parameters of real models, in turns, beside the memory limit.')
+        description='Step times of optimizers x modes x peers on the parameters of real models, taken in turns and compared with '
+                    'the memory limit.')
     def add(name, help, **kw): p.add_argument(name, help=help + ('' if kw.get('default') is None else ' (default: %(default)s)'), **kw)
     some,many,n = dict(nargs='+', metavar='NAME'),dict(nargs='*', metavar='NAME'),dict(type=int, metavar='N')
-    add('--models', "stored parameter sets, or 'all'; see --list (default: xresnet18 xresnet50 mlp2000; xresnet50 with --catalogue)", **some)
+    add('--models', "stored parameter sets, or 'all'; see --list (default: xresnet18 xresnet50 mlp2000; xresnet50 with --catalogue)",
+        **some)
     add('--optimizers', "algorithms, or 'all' (default: adam; all with --catalogue)", **some)
-    add('--modes', "this library's modes; 'native' too (default: foreach jit fused; all four with --catalogue)",
+    add('--modes', "modes of this library, of native, foreach, jit and fused (default: foreach jit fused; all four with --catalogue)",
         choices=['native','foreach','jit','fused'], **many)
     add('--peers', 'other libraries (default: all that are installed; torch only with --tables)', **many)
     add('--layouts', 'one: a single group; groups: layer groups, no weight decay on norms and biases', default=['one'],
@@ -25,34 +27,36 @@ def _bench_parser(sub):
     add('--rounds', 'samples of each contestant (default: 20; at most 7 with --catalogue)', **n)
     add('--warmup', 'rounds before the first sample (default: 3; 1 with --catalogue)', **n)
     add('--threads', "threads (default: torch's own number)", **n)
-    add('--out', 'write JSON, markdown and a plot into this folder', metavar='DIR')
+    add('--out', 'write JSON, Markdown and a plot into this folder', metavar='DIR')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.add_argument('--list', action='store_true', help='print the stored models and stop')
     one = p.add_mutually_exclusive_group()
     one.add_argument('--goals', action='store_true', help="measure the project's goals: the eight algorithms on XResNet50 and the "
                      "2,000-layer MLP, first step, memory, Python's cost")
-    one.add_argument('--tables', action='store_true', help='the two tables of the original page: adam, every stored model, both layouts')
-    one.add_argument('--catalogue', action='store_true', help='every registered optimizer on one model, beside its own memory limit and all peers; '
-                     'saved after each, and an interrupted run goes on; --optimizers measures some of them again')
-    one.add_argument('--matrices', action='store_true', help="optimizers that do matrix algebra, and Prodigy, beside the libraries that have them, with the goals; "
-                     '--optimizers, --rounds, --threads and --out count')
+    one.add_argument('--tables', action='store_true', help="two tables as on fastxtend's page: adam, every stored model, both layouts")
+    one.add_argument('--catalogue', action='store_true',
+                     help='every registered optimizer on one model, compared with its own memory limit and all peers; saved after each, '
+                          'so that an interrupted run continues; --optimizers measures only these again')
+    one.add_argument('--matrices', action='store_true',
+                     help='optimizers that do matrix algebra, and Prodigy, compared with the libraries that have them; '
+                     'takes --optimizers, --rounds, --warmup, --threads and --out')
     p.set_defaults(run=_bench)
 
 def _compare_parser(sub):
     p = sub.add_parser('compare', help='train all optimizers on three small tasks',
-        description='Train every optimizer on three small tasks, at its recommended learning rate and a third and three times of it, with several seeds. '
-                    'An interrupted run goes on where it was.')
+        description='Train every optimizer on three small tasks, at its recommended learning rate, a third of it and three times it, with '
+                    'several seeds. An interrupted run continues where it stopped.')
     def add(name, help, **kw): p.add_argument(name, help=help + ('' if kw.get('default') is None else ' (default: %(default)s)'), **kw)
     some,n = dict(nargs='+', metavar='NAME'),dict(type=int, metavar='N')
     add('--only', 'optimizers, separated by blanks or commas (default: all)', **some)
     add('--tasks', 'text, digits, table (default: all three)', **some)
     add('--seeds', 'number of seeds (default: 3; 1 with --quick)', **n)
-    add('--jobs', 'processes that train side by side; 0: in this one', default=2, **n)
+    add('--jobs', 'worker processes; 0: train in this process', default=2, **n)
     add('--out', 'folder of the results (default: compare, or compare-quick)', metavar='DIR')
-    add('--quick', 'all optimizers, but one seed, the recommended rate alone, and a third of the epochs', action='store_true')
+    add('--quick', 'all optimizers with one seed, only the recommended rate, and a third of the epochs', action='store_true')
     time = p.add_mutually_exclusive_group()
-    time.add_argument('--times', action='store_true', help='measure how long a batch takes, again and for all, and train nothing')
-    time.add_argument('--no-times', action='store_true', help='do not measure it; without these two it is measured where it is missing')
+    time.add_argument('--times', action='store_true', help='measure the time of a batch again for all optimizers, without training')
+    time.add_argument('--no-times', action='store_true', help='do not measure it; by default it is measured where it is missing')
     p.add_argument('--quiet', action='store_true', help='no progress bar')
     p.set_defaults(run=_compare)
 
@@ -110,13 +114,15 @@ def _bench(a, rest):
 def _split(names): return names and [o for n in names for o in n.split(',') if o]
 
 def _compare(a, rest):
-    if a.quick and a.seeds not in (None,1): raise ValueError(f"--quick takes one seed, not {a.seeds}: leave one of the two out.")
+    if a.quick and a.seeds not in (None,1): raise ValueError(f"--quick takes one seed, not {a.seeds}: use one of the two.")
     if a.jobs<0: raise ValueError(f"--jobs {a.jobs}: it must be 0 or more.")
     from fastxtend_opt.tools import compare as c
     out = a.out or ('compare-quick' if a.quick else 'compare')
-    try: result = c.compare(out, _split(a.only), _split(a.tasks), 3 if a.seeds is None else a.seeds, a.jobs, a.quick, True if a.times else False if a.no_times else None, not a.quiet)
+    times = True if a.times else False if a.no_times else None
+    seeds = 3 if a.seeds is None else a.seeds
+    try: result = c.compare(out, _split(a.only), _split(a.tasks), seeds, a.jobs, a.quick, times, not a.quiet)
     except KeyboardInterrupt:
-        print(f'\ninterrupted: what has been trained is in {out}, and the same command goes on from there', file=sys.stderr)
+        print(f'\ninterrupted: the finished trainings are in {out}, and the same command continues from there', file=sys.stderr)
         return 130
     print(c.compare_summary(result))
     print(f"\n{result['trainings']} trainings, {result['diverged']} of them diverged. All tables: {out}/compare.md")
@@ -127,12 +133,12 @@ def _demo(a, rest):
     return main(rest)
 
 def main(
-    argv:list|None=None # Arguments. Default: those of the process
+    argv:list|None=None # Arguments; `None`: those of the process
 )->int: # Exit code
-    "The console command"
+    "Run the console command"
     argv = sys.argv[1:] if argv is None else list(argv)
     p = _parser()
-    # demo has arguments of its own, which only it knows
+    # only demo knows its own arguments
     a,rest = p.parse_known_args(argv)
     if a.version:
         from fastxtend_opt import __version__

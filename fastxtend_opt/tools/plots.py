@@ -15,10 +15,10 @@ __all__ = ['surfaces', 'Surface', 'rosenbrock', 'bowl', 'saddle', 'optim_path', 
 
 # %% ../../nbs/tools/plots.ipynb #ae42e5ce
 class Surface(NamedTuple):
-    "A function of two parameters, with the window and the starting point it is drawn with"
+    "A function of two parameters, with its window and starting point in a plot"
     func:Callable # Takes the tensors `x` and `y` (any one shape), returns the height
     start:tuple # Starting point (x, y)
-    minimum:tuple # Where the function is least (x, y)
+    minimum:tuple # Minimum (x, y)
     xlim:tuple # Left and right edge of the plot
     ylim:tuple # Lower and upper edge of the plot
     formula:str # The function in mathtext, for the title
@@ -52,11 +52,11 @@ def optim_path(
     surface:str|Surface='rosenbrock', # Name in `surfaces`, or a `Surface`
     lr:float=0.02, # Learning rate
     steps:int=100, # Number of steps
-    start:tuple|None=None, # Starting point (x, y). Default: the surface's own
-    noise:float=0., # Standard deviation of the noise added to each gradient, as minibatches would
+    start:tuple|None=None, # Starting point (x, y); `None`: the surface's own
+    noise:float=0., # Standard deviation of the noise that is added to each gradient, as minibatches would
     seed:int=42 # Seed of the noise
 )->np.ndarray: # The points visited, shape (steps+1, 2)
-    "The points that an optimizer visits on a surface, both coordinates being one tensor of two elements"
+    "The points that an optimizer visits on a surface; both coordinates are one tensor of two elements"
     surf,gen = _surface(surface),torch.Generator().manual_seed(seed)
     p = nn.Parameter(torch.tensor(start if start is not None else surf.start, dtype=torch.float32))
     opt,path = opt_func([p], lr=lr),[p.detach().clone()]
@@ -73,10 +73,10 @@ def tune_lr(
     opt_func:Callable, # Optimizer function: takes a list of parameters and `lr`
     surface:str|Surface='rosenbrock', # Name in `surfaces`, or a `Surface`
     steps:int=100, # Number of steps
-    lrs:tuple|None=None, # Rates to try. Default: 1e-4 to 10, three a factor of ten
+    lrs:tuple|None=None, # Learning rates to try; `None`: 1e-4 to 10, three per factor of ten
     **kwargs # `start`, `noise` and `seed` of `optim_path`
 )->float: # One of `lrs`
-    "The learning rate with which an optimizer is lowest over the second half of its steps"
+    "The learning rate with the lowest average height over the second half of the steps"
     surf = _surface(surface)
     lrs = [m*10.**e for e in range(-4,1) for m in (1,2,5)] + [10.] if lrs is None else lrs
     def _height(lr):
@@ -100,16 +100,16 @@ def _named(opt_func):
 def plot_path(
     opt_func:Callable|list|dict, # Optimizer function, a list of them, or a dict of label to optimizer function
     surface:str|Surface='rosenbrock', # Name in `surfaces`, or a `Surface`
-    lr:float|list|str=0.02, # Learning rate, or one for each optimizer, or 'tuned': that of `tune_lr`
+    lr:float|list|str=0.02, # Learning rate, one per optimizer, or 'tuned' for `tune_lr`'s
     steps:int=100, # Number of steps
-    start:tuple|None=None, # Starting point (x, y). Default: the surface's own
-    noise:float=0., # Standard deviation of the noise added to each gradient
+    start:tuple|None=None, # Starting point (x, y); `None`: the surface's own
+    noise:float=0., # Standard deviation of the noise that is added to each gradient
     seed:int=42, # Seed of the noise
-    ax=None, # Matplotlib axes to draw on. Default: a new figure
-    figsize:tuple=(4.5,3.2), # Size of a new figure in inches
-    title:str|None=None # Title. Default: the surface's formula
-):
-    "Draw the path of one or several optimizers on a surface; returns the axes"
+    ax=None, # matplotlib axes to draw on; `None`: a new figure
+    figsize:tuple=(4.5,3.2), # Size of a new figure, in inches
+    title:str|None=None # Title; `None`: the surface's formula
+): # The axes
+    "Draw the path of one or several optimizers on a surface"
     import matplotlib.pyplot as plt
     surf,funcs = _surface(surface),_named(opt_func)
     if lr=='tuned':
@@ -120,7 +120,7 @@ def plot_path(
     if ax is None: ax = plt.subplots(figsize=figsize, dpi=100, layout='constrained')[1]
     x,y = torch.meshgrid(torch.linspace(*surf.xlim, 160), torch.linspace(*surf.ylim, 160), indexing='xy')
     z = surf.func(x, y)
-    # square-root spacing: a valley's floor and its steep sides both get contours
+    # spaced by the square root, so that a valley's floor and its steep sides both get contours
     z = (z-z.min()).sqrt()
     ax.contourf(x, y, z, levels=24, cmap='Greys', alpha=.35)
     ax.contour(x, y, z, levels=12, colors='grey', linewidths=.4, alpha=.7)
@@ -143,9 +143,9 @@ def plot_paths(
     surface:tuple=('rosenbrock','bowl'), # Names in `surfaces`, or `Surface`s
     steps:int=80, # Number of steps
     lr:float|list|str='tuned', # As `plot_path` takes it
-    figsize:tuple=(8.4,3.2), # Size of the figure in inches
+    figsize:tuple=(8.4,3.2), # Size of the figure, in inches
     **kwargs # `noise` and `seed` of `plot_path`
-):
+): # The axes
     "Draw the paths of one or several optimizers on several surfaces, side by side"
     import matplotlib.pyplot as plt
     axes = plt.subplots(1, len(surface), figsize=figsize, dpi=100, layout='constrained', squeeze=False)[1][0]

@@ -15,6 +15,7 @@ from fastai.callback.core import Callback
 from fastai.callback.fp16 import AMPMode, MixedPrecision, ModelToHalf, NonNativeMixedPrecision
 from fastai.optimizer import Optimizer
 from .averaged_weights import ScheduleFreeOptimizer
+from ..optimizer.state import plain_state
 from .optimizer_accumulation import OptimizerAccumulation
 
 # %% ../../nbs/training/extra_pass.ipynb #1d5b125a
@@ -133,13 +134,20 @@ class SecondGradient(Optimizer, GetAttr):
     @optimizer_accumulation.setter
     def optimizer_accumulation(self, v): self.opt.optimizer_accumulation = v
 
+    @property
+    def param_groups(self): return self.opt.param_groups
+    @param_groups.setter
+    def param_groups(self, v): self.opt.param_groups = v
+
+    def _set_hyper(self, k, v): self.opt._set_hyper(k, v)
+
     def _params(self): return [p for pg in self.param_lists for p in pg]
     def _forget(self): "Drop what is kept between passes"
     def zero_grad(self, *args, **kwargs): return self.opt.zero_grad(*args, **kwargs)
     def clear_state(self):
         self.opt.clear_state()
         self._forget()
-    def state_dict(self): return self.opt.state_dict()
+    def state_dict(self): return plain_state(self.opt.state_dict()) if type(self.opt) is Optimizer else self.opt.state_dict()
     def load_state_dict(self, sd):
         self.opt.load_state_dict(sd)
         self._forget()

@@ -85,8 +85,8 @@ def compare_summary(
 # %% ../../../nbs/tools/comparison/tables.ipynb #e0b8bbb2
 _explanation = (
     'Losses are means over seeds ± their standard deviation. ≈: the difference from Adam is less than twice its standard error. ÷3, ×3: '
-    'the best of the three rates was a third of the recommended one, or three times it. Each table is ordered by the means, and neighbours may '
-    'well be equal. The last columns of a task are the final losses at the three rates.')
+    'the best of the three rates was a third of the recommended one, or three times it. Each table is ordered by the means, and '
+    'neighbours may well be equal. The last columns of a task are the final losses at the three rates.')
 _columns = (
     "Columns: the recommended rate; for each task the final loss at the best rate, divided by Adam's at Adam's best rate; the mean of the "
     'places in the tables of the tasks; the trainings that diverged; bytes of state per parameter; the time of a whole batch (forward, '
@@ -115,7 +115,8 @@ def compare_report(
         target = f"Target: {i['target']:.4g}." if i['target'] is not None else 'No target: Adam was not trained.'
         out += [f"## {i['title'].capitalize()} (`{t}`)", '',
                 f"{i['about'][0].upper()+i['about'][1:]}: {i['params'] or 0:,} parameters, {i['steps']} steps of {i['bs']} "
-                f"({i['source']}). Loss of the untrained network: {i['untrained'] or math.nan:.3g}. {target}", '', compare_table(result, t), '']
+                f"({i['source']}). Loss of the untrained network: {i['untrained'] or math.nan:.3g}. {target}", '',
+                compare_table(result, t), '']
     out += _divergences(result)
     if result['skipped']: out += ['## Left out', '', *[f'* {n}: {why}' for n,why in result['skipped'].items()], '']
     return '\n'.join(out)
