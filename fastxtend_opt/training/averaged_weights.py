@@ -23,8 +23,8 @@ from ..optimizer.traced import ForEachOptimizer, JitOptimizer
 class ScheduleFreeOptimizer:
     "Mixin of schedule-free optimizers: `train` and `eval` switch between the training weights and the averaged weights"
     _averaged = False
-    refuses = dict(lookahead='it averages the weights itself, and a sync would move the training weights away from the other two sequences. '
-                             'Use one of them.',
+    refuses = dict(lookahead='it averages the weights itself, and a sync would move the training weights away from the other two '
+                             'sequences. Use one of them.',
                    schedule_free='it is schedule-free already.',
                    cautious='without momentum, each step follows its gradient, and there is nothing to mask.')
 
@@ -85,8 +85,8 @@ class ScheduleFreeOptimizer:
     def _check_step(self):
         "Raise if the averaged weights are in the parameters"
         if self._averaged:
-            raise RuntimeError("A schedule-free optimizer was asked to step while the averaged weights are in the model. Their gradients are not "
-                               "those of the training weights. Call opt.train() before the training batches, opt.eval() before you "
+            raise RuntimeError("A schedule-free optimizer was asked to step while the averaged weights are in the model. Their gradients are "
+                               "not those of the training weights. Call opt.train() before the training batches, opt.eval() before you "
                                "evaluate or save.")
 
     def clear_state(self):
@@ -104,7 +104,8 @@ class ScheduleFreeOptimizer:
         sd:dict # From `state_dict`; the model must hold the weights that it held when `sd` was made
     ):
         "Load a state"
-        if isinstance(sd, dict) and all(isinstance(s, dict) for s in sd.get('state', ())): sd = {**sd, 'state': [dict(s) for s in sd['state']]}
+        if isinstance(sd, dict) and all(isinstance(s, dict) for s in sd.get('state', ())):
+            sd = {**sd, 'state': [dict(s) for s in sd['state']]}
         super().load_state_dict(sd)
         self._averaged = any(True for _ in self._each('y'))
 
@@ -125,8 +126,8 @@ def as_schedule_free(
     "Give `opt` the methods of `ScheduleFreeOptimizer`"
     for v in (h[key] for h in opt.hypers):
         if not 0 < v < 1:
-            raise ValueError(f"beta={v!r} is out of range: it must be a finite number in (0, 1). It is the share of the averaged weights in the "
-                             "training weights, usually 0.9 to 0.98.")
+            raise ValueError(f"beta={v!r} is out of range: it must be a finite number in (0, 1). It is the share of the averaged weights in "
+                             "the training weights, usually 0.9 to 0.98.")
     opt.__class__ = schedule_free_classes[type(opt)]
     return opt
 
@@ -148,8 +149,8 @@ class ScheduleFreeMode(Callback):
         if not _free(self.learn.opt) or self.learn.lock.locked(): return
         self.trained = []
         if any(isinstance(cb, ParamScheduler) and not isinstance(cb, LRFinder) and 'lr' in cb.scheds for cb in self.learn.cbs):
-            warn("A schedule-free optimizer is trained with a schedule of the learning rate (fit_one_cycle?). It needs none: use learn.fit, "
-                 "and warmup_steps for a warmup.")
+            warn("A schedule-free optimizer is trained with a schedule of the learning rate (fit_one_cycle?). It needs none: use "
+                 "learn.fit, and warmup_steps for a warmup.")
 
     def before_train(self):
         if _free(self.learn.opt): self.learn.opt.train()

@@ -57,8 +57,8 @@ class LearnerChange(NamedTuple):
     without:str # What is missing without the change
 
 learner_changes = [
-    LearnerChange('create_opt', _create_opt, 'Adds the callbacks that the optimizer asks for (`learner_cbs`, `MaxLR`), tells the optimizer the '
-                  'names of the parameters, and unfreezes what the [rules](rules.ipynb) of an earlier optimizer froze',
+    LearnerChange('create_opt', _create_opt, 'Adds the callbacks that the optimizer asks for (`learner_cbs`, `MaxLR`), tells the optimizer '
+                  'the names of the parameters, and unfreezes what the [rules](rules.ipynb) of an earlier optimizer froze',
                   'add the callbacks yourself; make an optimizer with rules within `naming(model)`'),
     LearnerChange('fit', _fit, 'Leaves the averaged weights of a schedule-free optimizer in the model, also after an exception',
                   'call `learn.opt.eval()` after a fit that was interrupted'),
