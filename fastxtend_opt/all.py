@@ -93,6 +93,7 @@ from .algorithms.centralize import *
 from .training.schedule import *
 from .training.rule_table import *
 from .training.rules import *
+from .training.averaged_weights import *
 from .training.learner import *
 from .training.decoupled_decay import *
 from .training.low_precision import *
