@@ -137,9 +137,8 @@ class CheckProdigyLR(Callback):
 # %% ../../nbs/algorithms/prodigy.ipynb #b502b8db
 hyper_ranges.update(d0=Within(0, open_lo=True, tip='It is the initial size of the steps, usually 1e-6.'),
                     d_coef=Within(0, open_lo=True, tip='It multiplies the estimate, usually 0.5 to 2.'),
-                    growth_rate=Within(1, infinite=True, 
-                        
-                        tip='It is the largest growth of the steps at once: inf for no limit, or 1.02, for example.'))
+                    growth_rate=Within(1, infinite=True,
+                                       tip='It is the largest growth of the steps at once: inf for no limit, or 1.02, for example.'))
 
 # %% ../../nbs/algorithms/prodigy.ipynb #d75508e8
 @options

@@ -28,13 +28,13 @@ def _by_device(ps):
     for p in ps: res.setdefault(p.device, []).append(p)
     return res.values()
 
-hyper_ranges.update(sam_rho=Within(0, tip='It is the distance to the point of the second gradient, usually 0.01 to 0.2, or 0.5 to 2 if adaptive.'))
+hyper_ranges.update(sam_rho=Within(0, tip='It is the distance to the second gradient, usually 0.01 to 0.2, or 0.5 to 2 if adaptive.'))
 
 class SAM(SecondGradient):
     "Sharpness-aware minimization (2020, arXiv 2010.01412), or ASAM (2021, arXiv 2102.11600), around any optimizer"
     def __init__(self,
         opt:Optimizer, # Optimizer that takes the step: any of this package or of fastai (also `Lookahead`), except schedule-free ones
-        rho:float|slice=.05, # Distance to the second gradient (ρ), >= 0: a number, or a slice or list for the groups; hyperparameter `sam_rho`
+        rho:float|slice=.05, # Distance to the second gradient (ρ), >= 0: a number, or a slice or list for the groups; kept as `sam_rho`
         adaptive:bool=False # Use ASAM, which measures the distance relative to each weight? `rho` is then ten times as large or more
     ):
         super().__init__(opt)
@@ -48,8 +48,8 @@ class SAM(SecondGradient):
     ):
         "After the first backward pass: move the weights to the point of the second gradient"
         if self._old is not None:
-            raise RuntimeError("SAM.first_step was called twice in a row: the weights have been moved already. Call second_step() or restore() "
-                               "in between.")
+            raise RuntimeError("SAM.first_step was called twice in a row: the weights have been moved already. Call second_step() or "
+                               "restore() in between.")
         groups = [(float(h['sam_rho']), [p for p in pg if p.grad is not None]) for pg,h in zip(self.param_lists, self.hypers)]
         ps = [p for _,pg in groups for p in pg]
         if not ps: raise ValueError("SAM.first_step: no parameter has a gradient. Call backward first.")
@@ -89,8 +89,8 @@ class SAM(SecondGradient):
         if closure is not None: return self._both(closure)
         self.restore()
         if not self._ready:
-            raise RuntimeError("SAM.step: there is no second gradient. Call first_step() after backward, then forward and backward again, then "
-                               "second_step(); or step(closure). In a Learner, the callback SAMPass does this.")
+            raise RuntimeError("SAM.step: there is no second gradient. Call first_step() after backward, then forward and backward again, "
+                               "then second_step(); or step(closure). In a Learner, the callback SAMPass does this.")
         self._ready = False
         self.opt.step()
 
@@ -107,8 +107,8 @@ class SAM(SecondGradient):
     def state_dict(self):
         "State of the wrapped optimizer; SAM itself keeps nothing between steps"
         if self._old is not None:
-            raise RuntimeError("SAM.state_dict was called between first_step and second_step, when the model does not hold its training weights. "
-                               "Call restore() or second_step() first.")
+            raise RuntimeError("SAM.state_dict was called between first_step and second_step, when the model does not hold its training "
+                               "weights. Call restore() or second_step() first.")
         return super().state_dict()
 
     def load_state_dict(self,
@@ -127,7 +127,8 @@ def sam(
     "`SAM` for a `Learner`: `opt_func=sam(adam(fused=True))`"
     if opt_func is None: from fastxtend_opt.algorithms.sgd import sgd; opt_func = sgd(mom=.9)
     if not callable(opt_func):
-        raise TypeError(f"sam takes an opt_func, such as adam() or sgd(mom=.9), got a {type(opt_func).__name__}. Use SAM(opt) around an optimizer.")
+        raise TypeError(f"sam takes an opt_func, such as adam() or sgd(mom=.9), got a {type(opt_func).__name__}. Use SAM(opt) around "
+                        "an optimizer.")
     group_values('rho', rho, len(rho) if isinstance(rho, (list,tuple)) else 1, {'rho':hyper_ranges['sam_rho']})
     return partial(_sam, opt_func, rho, adaptive)
 
