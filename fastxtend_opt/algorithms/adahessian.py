@@ -54,8 +54,8 @@ def average_sqr_hessian(
     "Average the squared estimate of the Hessian"
     if in_dry_run(): hess = p.grad.data.clone() if hess is None else hess.copy_(p.grad.data)
     elif hess is None:
-        raise RuntimeError("AdaHessian: a parameter has a gradient but no estimate of the Hessian. Call loss.backward(create_graph=True) and "
-                           "estimate_hessian(opt) before opt.step(); in a Learner, the callback AdaHessianPass does this.")
+        raise RuntimeError("AdaHessian: a parameter has a gradient but no estimate of the Hessian. Call loss.backward(create_graph=True) "
+                           "and estimate_hessian(opt) before opt.step(); in a Learner, the callback AdaHessianPass does this.")
     if hess_sqr_avg is None: hess_sqr_avg = torch.zeros_like(p.data)
     hess_sqr_avg.mul_(sqr_mom).addcmul_(hess, hess, value=1-sqr_mom)
     return {'hess': hess, 'hess_sqr_avg': hess_sqr_avg}
@@ -111,7 +111,8 @@ register(AdaHessian, title='AdaHessian', category='adaptive', kind='elementwise'
     also=('pytorch_optimizer.AdaHessian',), paper='ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning',
     year=2020, arxiv='2006.00719', authors='Yao et al.',
     needs='`backward(create_graph=True)` and `estimate_hessian`, which a Learner calls automatically',
-    settings=(("the authors' defaults", '`lr=.15, eps=1e-4, avg_conv_kernel=True`', "the authors' [code](https://github.com/amirgholami/adahessian)"),
+    settings=(("the authors' defaults", '`lr=.15, eps=1e-4, avg_conv_kernel=True`',
+               "the authors' [code](https://github.com/amirgholami/adahessian)"),
               ("timm's defaults", '`lr=.1`', 'timm')))
 adahessian = factory(AdaHessian)
 
@@ -136,7 +137,7 @@ def hessian_due(
 
 def estimate_hessian(
     opt:Optimizer, # Optimizer made by `AdaHessian`
-    generator:torch.Generator=None # Generator of the random signs; `None`: one seeded with the number of steps, so a resumed training is the same
+    generator:torch.Generator=None # Generator of the signs; `None`: one seeded with the number of steps, so that a resumed training is the same
 ):
     "Put an estimate of the Hessian's diagonal into the state of each parameter, and detach the gradients from their graphs"
     inner = _inside(opt)
@@ -165,7 +166,8 @@ class AdaHessianPass(ExtraPass):
         if not self._on() or self.learn.lock.locked(): return
         self._learner_check('AdaHessian', scaler=False)
         if any(isinstance(cb, GradientRelease) for cb in self.learn.cbs):
-            raise ValueError("AdaHessian can't work with GradientRelease, which steps before the gradient's graph is complete: leave it out.")
+            raise ValueError("AdaHessian can't work with GradientRelease, which steps before the gradient's graph is complete: "
+                             "leave it out.")
 
     def _on(self): return hasattr(innermost(self.learn.opt), 'hutchinson')
     def before_batch(self):
@@ -187,4 +189,5 @@ class AdaHessianPass(ExtraPass):
 
     def before_step(self):
         if not self._on(): return
-        if any(p.grad is not None and p.grad.requires_grad for pg in self.learn.opt.param_lists for p in pg): estimate_hessian(self.learn.opt)
+        grads = [p.grad for pg in self.learn.opt.param_lists for p in pg]
+        if any(g is not None and g.requires_grad for g in grads): estimate_hessian(self.learn.opt)

@@ -115,7 +115,7 @@ class SophiaEstimate(ExtraPass):
     "Update the estimate of Sophia every `k` steps, from labels sampled from the model; added automatically"
     def __init__(self,
         k:int=10, # Steps between estimates, >= 1
-        sampler=None # Function of predictions and targets, returns a loss of sampled targets and their number; `None`: by the Learner's loss
+        sampler=None # Function of predictions and targets: a loss of sampled targets, and their number; `None`: by the Learner's loss
     ):
         super().__init__()
         self.every,self.sampler,self._others = valid_hyper('k', k),sampler,set()
