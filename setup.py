@@ -18,7 +18,7 @@ setup(
     classifiers=[f"Development Status :: {statuses[cfg['status']]}", 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
         'Natural Language :: English', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=[lib, f'{lib}.*']),
-    package_data={lib: ['tools/data/*']},
+    package_data={lib: ['tools/data/*', 'engine/csrc/*']},
     include_package_data=True,
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),

@@ -1,4 +1,4 @@
-"A real Learner on scikit-learn's handwritten digits, made alike for every mode, and what its training gave."
+"A real Learner on scikit-learn's handwritten digits, the same for every mode, and the results of its training."
 import warnings
 from contextlib import contextmanager
 
@@ -55,7 +55,8 @@ def no_warnings(ignore=()):
         for o in ignore: warnings.filterwarnings('ignore', message=o)
         yield
 
-# ---------------------------------------------------------------- a small one with dropout and BatchNorm, for passes that must leave no trace in either
+# ---------------------------------------------------------------- a small one with dropout and BatchNorm, for passes that must leave no
+# trace in either
 def dropout_learner(opt_func, cbs=(), path=None, n_train=128, bs=32, dropout=.2, **kwargs):
     torch.manual_seed(1)
     model = nn.Sequential(digits_model(4, 1, seed=3), nn.Dropout(dropout))

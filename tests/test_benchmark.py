@@ -41,7 +41,7 @@ def test_plain_types(result): assert json.loads(json.dumps(result))==result
 
 
 def test_turns(monkeypatch):
-    "Every contestant steps once a round, and each round starts with another one"
+    "Every contestant steps once per round, and each round starts with a different one"
     log = []
     class Opt:
         state = {}
@@ -109,7 +109,8 @@ def test_bytes(n_state, kw, want): assert B.step_bytes(n_state, **kw)==pytest.ap
 
 
 @pytest.mark.parametrize('optimizer,want', [('sgd',20), ('rmsprop',20), ('adam',28), ('radam',28), ('qhadam',28), ('larc',28), ('lamb',40),
-                                            ('ranger',28+8/6), ('adan',44), ('lion',20), ('sophia',24), ('stableadam',40), ('adamw_schedulefree',28)])
+                                            ('ranger',28+8/6), ('adan',44), ('lion',20), ('sophia',24), ('stableadam',40),
+                                            ('adamw_schedulefree',28)])
 def test_bytes_of_real_states(optimizer, want):
     "The count of states is that of the optimizer that ran"
     rows = B.bench_case(TINY['tiny'], optimizer, ('foreach',), (), rounds=1, warmup=0)['rows']
@@ -128,7 +129,9 @@ def test_own_modes(optimizer):
 
 
 def test_python_cost():
-    c = B.python_cost(rounds=2)
+    for _ in range(3): # a busy machine may make the longer step the faster one
+        c = B.python_cost(rounds=2)
+        if c['us_param']>0 and c['us_cohort']>0: break
     assert set(c['ms'])=={'1000 tensors, 1 groups','4000 tensors, 1 groups','1000 tensors, 101 groups'}
     assert c['us_param']==pytest.approx((c['ms']['4000 tensors, 1 groups']-c['ms']['1000 tensors, 1 groups'])/3)
     assert 0<c['us_param']<50 and 0<c['us_cohort']<5000
@@ -140,7 +143,8 @@ def test_limit_touches_all_and_changes_nothing():
     lim.step()
     assert all(torch.equal(a, p) for a,p in zip(before, ps.params))
     assert sum(n for _,_,n in lim.chunks)==33035
-    with pytest.raises(ValueError, match='give a number of states >= 0, or a list with one entry for each of the 2 parameters'): B.MemoryLimit(ps, -1)
+    with pytest.raises(ValueError, match='give a number of states >= 0, or a list with one entry for each of the 2 parameters'):
+        B.MemoryLimit(ps, -1)
     with pytest.raises(ValueError, match='one entry for each of the 2 parameters'): B.MemoryLimit(ps, [1])
 
 
@@ -154,7 +158,7 @@ def test_limit_walks_every_stream(written, read):
         for i,s in enumerate(ss): s.fill_(i if i>=written else 0)
     lim.step(1.)
     for p,a,g,ss in zip(ps.params, before, ps.grads, lim.state):
-        # what is only read is added to what goes beside it: at most one at a time, and never more than four written
+        # streams that are only read are counted in addition: at most one at a time, and never more than four written
         assert torch.allclose(p.detach(), a+g+(written if read else 0), atol=1e-5)
         got = [(s-g).mean().item() for s in ss[:written]]
         goes = [written+i//4 if i//4<read else 0 for i in range(written)]
@@ -236,7 +240,8 @@ def test_peer_table_is_used():
     "No row of the table is left over from an algorithm that is gone"
     for o,row in B.peer_table.items():
         assert set(row)<=set(B.bench_peers), o
-        for lib,r in row.items(): assert isinstance(r, str) or (len(r) in (2,3) and isinstance(r[0], str) and isinstance(r[1], dict)), (o,lib)
+        for lib,r in row.items():
+            assert isinstance(r, str) or (len(r) in (2,3) and isinstance(r[0], str) and isinstance(r[1], dict)), (o,lib)
     assert ('torch','AdamW','betas=(0.9, 0.99), eps=1e-05','') in B.peer_rows('adam') and B.peer_rows('nobody')==[]
     assert B.peer_rows('sophia')[0][:2]==('pytorch_optimizer','')
 
@@ -245,7 +250,7 @@ def test_peer_table_is_used():
 ONE = [(0,1,(16,8)), (0,0,(16,))]
 
 def test_catalogue_resumes(tmp_path, monkeypatch):
-    "What is measured is saved at once; an interrupted run goes on with what is left, and a complete one begins anew"
+    "Results are saved at once; an interrupted run continues with the rest, and a complete one starts again"
     from fastxtend_opt.definition import registry
     rows = [registry.get_optimizer(o) for o in ('adam','lamb','sgd')]
     monkeypatch.setattr(registry, 'list_optimizers', lambda *a, **k: rows)
@@ -255,7 +260,8 @@ def test_catalogue_resumes(tmp_path, monkeypatch):
         if o=='lamb' and asked.count('lamb')==1: raise KeyboardInterrupt
         return real(model, o, *a, **k)
     monkeypatch.setattr(catalogue, 'bench_case', case)
-    run = lambda **kw: B.bench_catalogue(tmp_path, model=ONE, modes=('foreach','fused'), peers=('torch',), rounds=2, warmup=0, progress=False, **kw)
+    run = lambda **kw: B.bench_catalogue(tmp_path, model=ONE, modes=('foreach','fused'), peers=('torch',), rounds=2, warmup=0,
+                                         progress=False, **kw)
     with pytest.raises(KeyboardInterrupt): run()
     half = json.loads((tmp_path/'catalogue.json').read_text())
     assert list(half['optimizers'])==['adam'] and not half['complete'] and 'Not complete' in (tmp_path/'catalogue.md').read_text()
@@ -264,7 +270,8 @@ def test_catalogue_resumes(tmp_path, monkeypatch):
     assert res['optimizers']['adam']==half['optimizers']['adam'] and json.loads((tmp_path/'catalogue.json').read_text())==res
     assert sorted(f.name for f in tmp_path.iterdir())==['catalogue.json','catalogue.md','catalogue.png']
     again = run(optimizers='Lamb') # one of them, again
-    assert asked[4:]==['lamb'] and again['optimizers']['sgd']==res['optimizers']['sgd'] and again['optimizers']['lamb']!=res['optimizers']['lamb']
+    assert (asked[4:]==['lamb'] and again['optimizers']['sgd']==res['optimizers']['sgd']
+            and again['optimizers']['lamb']!=res['optimizers']['lamb'])
     run()
     assert asked[5:]==['adam','lamb','sgd'] # it was complete
 
@@ -284,19 +291,25 @@ def test_catalogue_by_hand():
     def row(who, ms, bytes_=28):
         lib,mode = ('','memory limit') if who=='memory limit' else who.split()
         return dict(contestant=who, lib=lib, mode=mode, step=dict(median=ms), bytes_per_element=bytes_)
-    rows = [row('fastai native', 100.), row('fastxtend_opt native', 90.), row('fastxtend_opt foreach', 50.), row('fastxtend_opt jit', 40.), row('fastxtend_opt fused', 20.),
+    rows = [row('fastai native', 100.), row('fastxtend_opt native', 90.), row('fastxtend_opt foreach', 50.), row('fastxtend_opt jit', 40.),
+            row('fastxtend_opt fused', 20.),
             row('torch loop', 60.), row('torch fused', 22.), row('timm foreach', 45.), row('memory limit', 14.)]
-    e = catalogue._catalogue_entry(dict(rows=rows, missing=[dict(who='po', why='gone', optimizer='adam')]), get_optimizer('adam'), [1.,1.,1.], 3.)
+    e = catalogue._catalogue_entry(dict(rows=rows, missing=[dict(who='po', why='gone', optimizer='adam')]), get_optimizer('adam'),
+                                   [1.,1.,1.], 3.)
     assert e['of_limit']==.7 and e['of_limit_goal']==.75 and e['of_limit_reached'] is False
     assert e['best_peer']=='torch fused' and e['vs_best_peer']==dict(foreach=22/50, jit=22/40, fused=1.1) and e['none_slower'] is False
     assert e['best_unfused_peer']=='timm foreach' and e['vs_best_unfused_peer']==dict(foreach=.9, jit=45/40, fused=2.25)
     lamb = catalogue._catalogue_entry(dict(rows=rows, missing=[]), get_optimizer('lamb'), None, 3.)
     assert lamb['of_limit_goal']==.6 and lamb['of_limit_reached'] is True
-    alone = catalogue._catalogue_entry(dict(rows=rows[:5], missing=[]), get_optimizer('adam'), None, 3.) # neither peer nor limit: neither reached nor missed
+    # neither peer nor limit: neither reached nor missed
+    alone = catalogue._catalogue_entry(dict(rows=rows[:5], missing=[]), get_optimizer('adam'), None, 3.)
     assert alone['best_peer'] is None and alone['none_slower'] is None and alone['of_limit_reached'] is None
-    text = B.catalogue_report(dict(optimizers=dict(adam=e, lamb=lamb, alone=alone), model='custom', complete=True, rounds=1, machine=B.machine_info()))
-    assert '| adam | elementwise | 28 | 20 | 14 | 0.70 | >= 0.75 | **no** |' in text and '| lamb | reduction | 28 | 20 | 14 | 0.70 | >= 0.6 | yes |' in text
-    assert '1 of 2 reach the goal' in text and '- po (adam): gone' in text and '| adam | torch fused | **0.44** | **0.55** | 1.1 | **no** | timm foreach | **0.90** | 1.12 | 2.25 |' in text
+    text = B.catalogue_report(dict(optimizers=dict(adam=e, lamb=lamb, alone=alone), model='custom', complete=True, rounds=1,
+                                   machine=B.machine_info()))
+    assert ('| adam | elementwise | 28 | 20 | 14 | 0.70 | >= 0.75 | **no** |' in text
+            and '| lamb | reduction | 28 | 20 | 14 | 0.70 | >= 0.6 | yes |' in text)
+    assert ('1 of 2 reach the goal' in text and '- po (adam): gone' in text
+            and '| adam | torch fused | **0.44** | **0.55** | 1.1 | **no** | timm foreach | **0.90** | 1.12 | 2.25 |' in text)
 
 
 def test_cli_catalogue(tmp_path, capsys):

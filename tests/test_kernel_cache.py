@@ -1,5 +1,5 @@
-"The cache of compiled kernels: what it is keyed by, and that nothing that happens to a folder on disk harms a run."
-import ctypes,os,shutil,subprocess,sys,textwrap,time
+"The cache of compiled kernels: its keys, and that no damage to its folder harms a run."
+import ctypes,errno,os,shutil,subprocess,sys,tempfile,textwrap,time
 from pathlib import Path
 
 import pytest,torch
@@ -15,7 +15,7 @@ SOURCE = 'extern "C" int answer() { return %d; }\n'
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    "A cache of one's own, empty; nothing loaded in this process is known"
+    "An empty private cache; libraries that this process has loaded are forgotten"
     path = tmp_path/'kernels'
     monkeypatch.setenv('FASTXTEND_OPT_CACHE', str(path))
     monkeypatch.setattr(build, '_libs', {})
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compiles(monkeypatch):
-    "List of the sources that are really compiled"
+    "The sources that are actually compiled"
     done,f = [],build._compile
     monkeypatch.setattr(build, '_compile', lambda source, folder: (done.append(source), f(source, folder))[1])
     return done
@@ -32,7 +32,7 @@ def answer(path): return ctypes.CDLL(str(path)).answer()
 def kept(cache): return sorted(p for p in cache.iterdir() if not p.name.startswith('.'))
 
 def run_python(code, **env):
-    "Run `code` in a new process of its own"
+    "Run `code` in a new process"
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS':'1', **env}
     return subprocess.run([sys.executable, '-c', textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=110)
 
@@ -116,7 +116,7 @@ def test_damaged_library_is_built_anew(cache, compiles, damage):
     assert len(kept(cache))==1 and not list(cache.glob('.build-*'))
 
 def test_a_killed_build_leaves_nothing_in_the_way(cache, compiles):
-    "Killed in the middle of its work: the next one builds, and what an old one left is swept"
+    "A build killed halfway: the next one builds, and old remains are removed"
     code = f'''
         import os,signal
         from fastxtend_opt.engine import build
@@ -142,7 +142,7 @@ def test_a_failed_compilation_says_so_and_leaves_nothing(cache):
 
 # ---------------------------------------------------------------- several at once
 def test_several_processes_build_the_same_kernel(cache):
-    "Four processes start at one moment on an empty cache: each gets its kernels, and one library of each is left"
+    "Four processes start together on an empty cache: each gets its kernels, and one library of each remains"
     code = '''
         import os,time,ctypes
         from fastxtend_opt.engine.build import build_library
@@ -151,7 +151,8 @@ def test_several_processes_build_the_same_kernel(cache):
     '''
     go = cache.parent/'go'
     env = {**os.environ, 'PYTHONPATH':str(ROOT), 'OMP_NUM_THREADS':'1', 'GO':str(go)}
-    ps = [subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(4)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ps = [subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], env=env, **pipes) for _ in range(4)]
     time.sleep(1)
     go.touch()
     out = [p.communicate(timeout=110) for p in ps]
@@ -215,10 +216,100 @@ def test_a_refused_folder_changes_no_weight(cache, monkeypatch):
     opt.step()
     assert opt.state[p]['step']==1
 
+def test_folder_that_is_changed_all_the_time(cache, monkeypatch):
+    monkeypatch.setattr(build, '_valid', lambda folder: None)
+    with pytest.raises(RuntimeError, match="changed by something else.*FASTXTEND_OPT_CACHE"): build_library(SOURCE%1)
+
+# ---------------------------------------------------------------- a full disk
+FULL_DISK = r"can't write to the kernel cache {}.*(No space left|no space left).*free space.*FASTXTEND_OPT_CACHE.*foreach=True"
+def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+@pytest.mark.parametrize('target,name', [(tempfile,'mkdtemp'), (Path,'write_text')])
+def test_a_full_disk_is_explained(cache, monkeypatch, target, name):
+    "The message has the folder and the remedies; no weight changes, nothing is left, and with space again the step goes on"
+    from fastxtend_opt.engine import cpp
+    monkeypatch.setattr(cpp, '_kernels', {})
+    p = nn.Parameter(torch.ones(3))
+    opt = get_optimizer('adam').func([p], lr=.1, fused=True)
+    p.grad = torch.ones(3)
+    with monkeypatch.context() as m, unchanged([p], opt):
+        m.setattr(target, name, full)
+        with pytest.raises(RuntimeError, match=FULL_DISK.format(cache)): opt.step()
+    assert list(cache.iterdir()) == []
+    opt.step()
+    assert opt.state[p]['step'] == 1
+
+def compiler(tmp_path, text):
+    "A program that stands in for the compiler"
+    path = tmp_path/'cxx'
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+def test_a_full_disk_seen_by_the_compiler(cache, monkeypatch, tmp_path):
+    text = '#!/bin/sh\necho "/tmp/cc.s: fatal error: error writing to /tmp/cc.s: No space left on device" >&2\nexit 1\n'
+    monkeypatch.setenv('CXX', compiler(tmp_path, text))
+    with pytest.raises(RuntimeError, match=FULL_DISK.format(cache)) as e: build_library(SOURCE%1)
+    assert tempfile.gettempdir() in str(e.value) and list(cache.iterdir()) == []
+
+def test_a_full_disk_stops_a_triton_module(cache, monkeypatch):
+    from fastxtend_opt.engine.triton import _import_text
+    monkeypatch.setattr(tempfile, 'mkstemp', full)
+    with pytest.raises(RuntimeError, match=FULL_DISK.format(cache)): _import_text('x = 1', 'compiled')
+
+# ---------------------------------------------------------------- a compiler that hangs
+def gone(pid):
+    "Has the process ended (or is it a zombie that waits for its parent)?"
+    try: return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z'
+    except OSError: return True
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
+def test_a_compiler_that_hangs_is_stopped(cache, monkeypatch, tmp_path):
+    "With what it has started; the message has the remedies, no weight changes, nothing is left"
+    from fastxtend_opt.engine import cpp
+    monkeypatch.setattr(cpp, '_kernels', {})
+    pids = tmp_path/'pids'
+    monkeypatch.setenv('CXX', compiler(tmp_path, f'#!/bin/sh\nsleep 300 &\necho $$ $! > {pids}\nwait\n'))
+    monkeypatch.setenv('FASTXTEND_OPT_COMPILE_TIMEOUT', '1.5')
+    p = nn.Parameter(torch.ones(3))
+    opt = get_optimizer('adam').func([p], lr=.1, fused=True)
+    p.grad = torch.ones(3)
+    start = time.monotonic()
+    with unchanged([p], opt):
+        with pytest.raises(RuntimeError, match=r'stopped after 1\.5 s.*FASTXTEND_OPT_COMPILE_TIMEOUT.*CXX.*foreach=True'): opt.step()
+    assert time.monotonic() - start < 30 and list(cache.iterdir()) == []
+    ids = pids.read_text().split()
+    for _ in range(100):
+        if all(map(gone, ids)): break
+        time.sleep(.05)
+    assert len(ids) == 2 and all(map(gone, ids))
+
+def test_an_interrupt_stops_the_compiler(monkeypatch, tmp_path):
+    "Ctrl-C while the compiler runs: its process is ended, and the interrupt goes on"
+    seen = []
+    class Popen(subprocess.Popen):
+        def communicate(self, *args, **kwargs): seen.append(self); raise KeyboardInterrupt
+    monkeypatch.setattr(build.subprocess, 'Popen', Popen)
+    with pytest.raises(KeyboardInterrupt): build._run_compiler(['sleep', '300'], tmp_path)
+    assert seen[0].returncode == -9
+
+@pytest.mark.parametrize('value', ['0', '-3', 'soon', 'nan', 'inf', '1e9', ''])
+def test_time_limits_that_are_none(cache, monkeypatch, value):
+    monkeypatch.setenv('FASTXTEND_OPT_COMPILE_TIMEOUT', value)
+    with pytest.raises(ValueError, match='FASTXTEND_OPT_COMPILE_TIMEOUT.*number of seconds'): build_library(SOURCE%1)
+
+def test_the_usual_time_limit(monkeypatch):
+    monkeypatch.delenv('FASTXTEND_OPT_COMPILE_TIMEOUT', raising=False)
+    assert build._time_limit() == 120
+
+def test_a_compiler_that_can_not_be_started(cache, monkeypatch, tmp_path):
+    monkeypatch.setenv('CXX', compiler(tmp_path, '\0 no program'))
+    with pytest.raises(RuntimeError, match="can't start the C\\+\\+ compiler.*CXX.*foreach=True"): build_library(SOURCE%1)
+
 # ---------------------------------------------------------------- no compiler
 @pytest.mark.parametrize('env', [dict(CXX='/nonexistent/c++'), dict(PATH='/nonexistent', CXX='')], ids=['CXX','PATH'])
 def test_no_compiler(cache, monkeypatch, env):
-    "The message has the remedy, no weight changes, and foreach works"
+    "The message names the remedy, no weight changes, and foreach works"
     from fastxtend_opt.engine import cpp
     monkeypatch.setattr(cpp, '_kernels', {})
     for k,v in env.items(): monkeypatch.setenv(k, v)
@@ -248,6 +339,7 @@ def test_import_writes_and_compiles_nothing(tmp_path):
     '''
     cache,home = tmp_path/'cache',tmp_path/'home'
     home.mkdir()
-    r = run_python(code, FASTXTEND_OPT_CACHE=str(cache), HOME=str(home), XDG_CACHE_HOME=str(home/'xdg'), PYTHONDONTWRITEBYTECODE='1', CXX='/nonexistent')
+    r = run_python(code, FASTXTEND_OPT_CACHE=str(cache), HOME=str(home), XDG_CACHE_HOME=str(home/'xdg'), PYTHONDONTWRITEBYTECODE='1',
+                   CXX='/nonexistent')
     assert r.stdout.strip().endswith('done'), r.stderr
     assert not cache.exists() and not (home/'xdg'/'fastxtend_opt').exists() and not (home/'.cache'/'fastxtend_opt').exists()

@@ -11,7 +11,8 @@ from reference.swats import SWATS as Reference,agree
 def run(mode, n=30, skip=lambda i: (), **kw):
     ps,stream = make_params(((),(6,),(4,3),(5,)), torch.float64, big=False, channels_last=False),GradStream(4, spikes=(9,))
     with backend_of(mode): opt = SWATS(two_groups(ps), lr=[.01,.02], **{**dict(switch_tol=.05), **kw}, **flags(mode))
-    refs,rates = [Reference(p.detach().numpy(), kw.get('mom', .9), kw.get('sqr_mom', .999), 1e-9, .05, kw.get('wd', 0.), kw.get('decouple_wd', False)) for p in ps],[]
+    refs,rates = [Reference(p.detach().numpy(), kw.get('mom', .9), kw.get('sqr_mom', .999), 1e-9, .05, kw.get('wd', 0.),
+                            kw.get('decouple_wd', False)) for p in ps],[]
     for i in range(n):
         lrs = [.01*(1-i/40),.02*(1-i/40)]
         opt.set_hyper('lr', lrs)
@@ -20,27 +21,28 @@ def run(mode, n=30, skip=lambda i: (), **kw):
             if p.grad is not None: o.step(p.grad.numpy(), lrs[j//2])
         agree(refs[:2]); agree(refs[2:])
         opt.step()
-        for j,(p,o) in enumerate(zip(ps, refs)): assert_same(p.detach().numpy(), np.array(o.theta), rtol=1e-9, atol=1e-11, path=f'step {i}, tensor {j}')
+        for j,(p,o) in enumerate(zip(ps, refs)):
+            assert_same(p.detach().numpy(), np.array(o.theta), rtol=1e-9, atol=1e-11, path=f'step {i}, tensor {j}')
         rates.append([o.rate for o in refs])
     for p,o in zip(ps, refs):
         assert_same(float(opt.state[p]['sgd_rate']), float(o.rate), rtol=1e-9, atol=1e-12)
         assert_same(opt.state[p]['sgd_avg'].numpy(), np.array(o.b), rtol=1e-9, atol=1e-11)
     return rates
 
-@pytest.mark.parametrize('mode', ALL_MODES)
-@pytest.mark.parametrize('kw', [{}, dict(sqr_mom=.9), dict(wd=.1), dict(wd=.1, decouple_wd=True)], ids=str)
+KWS = {}, dict(sqr_mom=.9), dict(wd=.1), dict(wd=.1, decouple_wd=True)
+@pytest.mark.parametrize('kw,mode', [slow(kw, m, id=f'{kw}-{m}', when=m=='triton' and kw!=dict(wd=.1)) for kw in KWS for m in ALL_MODES])
 def test_against_the_reference(mode, kw):
-    "Groups switch in the course, each by itself (with weight decay as L2 one of them does not)"
+    "Groups switch separately during the run (with weight decay as L2 one of them does not)"
     rates = run(mode, **kw)
     at = [next((i for i,r in enumerate(rates) if r[j]), None) for j in (0,2)]
     assert at[0] is not None and 0 < at[0] < 28 and (at[1] is None) == (kw==dict(wd=.1)), at
 
-@pytest.mark.parametrize('mode', ALL_MODES)
+@interpreted_slow(ALL_MODES)
 def test_late_and_missing_gradients(mode):
     "A tensor that was not stepped has its group's rate when it is back; one whose first gradient comes late takes one step of Adam"
     run(mode, skip=lambda i: [1] if i < 22 else [2] if i%3 else [])
 
-@pytest.mark.parametrize('mode', ALL_MODES)
+@interpreted_slow(ALL_MODES)
 def test_gradient_release_and_accumulation(mode):
     def go(release):
         torch.manual_seed(0)
@@ -56,7 +58,7 @@ def test_gradient_release_and_accumulation(mode):
     assert_bitwise(b, a)
     assert any(float(s['sgd_rate']) > 0 for s in a['opt']['state'])
 
-@pytest.mark.parametrize('mode', ALL_MODES)
+@interpreted_slow(ALL_MODES)
 def test_checkpoint_in_each_phase(mode):
     def opt_of(ps):
         with backend_of(mode): return SWATS(two_groups(ps), lr=.01, switch_tol=.05, sqr_mom=.9, **flags(mode))

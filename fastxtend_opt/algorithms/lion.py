@@ -26,6 +26,7 @@ def lion_step(
     p.data.add_(update, alpha=-lr)
     return {'grad_avg': grad_avg}
 
+# %% ../../nbs/algorithms/lion.ipynb #a2093ffa
 def lion_average(
     p, # The parameter
     beta2:float, # Moving average coefficient of the gradient (β2)

@@ -9,16 +9,23 @@ import torch
 from .kinds import axes_of, kind_of, TapeSlot
 
 # %% auto #0
-__all__ = ['FLOAT_DTYPES', 'Cohort', 'check_tensors', 'check_state', 'make_cohorts']
+__all__ = ['FLOAT_DTYPES', 'freed', 'Cohort', 'check_tensors', 'check_state', 'make_cohorts']
 
 # %% ../../nbs/engine/cohort.ipynb #20385af3
 FLOAT_DTYPES = {torch.float32, torch.float64, torch.bfloat16, torch.float16} # dtypes a step can work on
 
-_grad,_dtype,_device,_layout = map(attrgetter, ('grad','dtype','device','layout'))
+_grad,_dtype,_layout,_shape = map(attrgetter, ('grad','dtype','layout','shape'))
+_index = torch.Tensor.get_device # -1 on a CPU; much faster than `device`
+
+def freed(
+    t:torch.Tensor # A tensor
+) -> bool: # Does it have elements and no memory?
+    "Has the storage of `t` been freed, as sharding libraries do? A view then has its offset for an address: small, but not 0"
+    return t.layout is torch.strided and t.data_ptr() < 1<<32 and t.numel() > 0 and t.untyped_storage().nbytes() == 0
 
 class Cohort:
     "Parameters of one group that one tape serves"
-    __slots__ = 'group params states slots numbers device shape shapes kept whole'.split()
+    __slots__ = 'group params states slots numbers device index shape kept whole'.split()
     def __init__(self,
         group:int, # Index of the parameter group
         slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
@@ -27,48 +34,44 @@ class Cohort:
         shape:torch.Size|str|None=None # Shape of the parameters, if cohorts are made by shape, or their `axes_of`
     ):
         self.group,self.slots,self.numbers,self.device,self.shape = group,slots,numbers,device,shape
-        self.shapes = None
+        self.index = -1 if device.type == 'cpu' else device.index or 0
         self.params,self.states,self.kept = [],[],None
         self.whole = {} # Name of state of one value a parameter -> a tensor whose elements they are
 
     def tensors(self):
         "A list of tensors a slot, in the order of `slots`"
-        return [self.params, [p.grad for p in self.params], *([s[k.name] for s in self.states] for k in self.slots[2:])]
+        return [self.params, list(map(_grad, self.params)), *([s[k.name] for s in self.states] for k in self.slots[2:])]
 
     def keep(self):
         "Remember what the cohort was made from"
-        if self.shape is not None: self.shapes = [p.shape for p in self.params]
-        self.kept = [list(map(torch.Tensor.numel, self.params)), self.addresses(), *(list(map(itemgetter(s.name), self.states)) for s in self.slots[2:])]
+        states = [list(map(itemgetter(s.name), self.states)) for s in self.slots[2:]]
+        self.kept = list(map(_shape, self.params)),self.addresses(),states
 
     def addresses(self):
         "Where the parameters' data is: parameters that have moved may share memory now (as tied weights do)"
         return list(map(torch.Tensor.data_ptr, self.params))
 
     def unchanged(self) -> bool:
-        "Would the same cohort be made again, as far as that can be seen quickly?"
-        ps,states = self.params,self.states
-        if len(ps) == 1: return self._same(ps[0], ps[0].grad, states[0])
-        gs = list(map(_grad, ps))
-        if any(g is None for g in gs): return False
-        for ts,s in ((ps, self.slots[0]), (gs, self.slots[1])):
-            if set(map(_dtype, ts)) != {s.dtype} or set(map(_device, ts)) != {self.device} or list(map(torch.Tensor.numel, ts)) != self.kept[0]: return False
-        if set(map(_layout, gs)) != {torch.strided} or self.addresses() != self.kept[1] or (self.shapes and [p.shape for p in ps] != self.shapes): return False
-        if set(map(len, states)) != {len(self.numbers) + len(self.slots) - 2}: return False
+        "Would the same cohort be made again?"
+        states,n = self.states,len(self.params)
+        shapes,addresses,old = self.kept
+        if set(map(len, states)) != {len(self.numbers) + len(old)} or self.addresses() != addresses: return False
         try:
-            return (all(list(map(itemgetter(k), states)).count(v) == len(states) for k,v in self.numbers.items()) and
-                    all(all(map(is_, map(itemgetter(s.name), states), old)) for s,old in zip(self.slots[2:], self.kept[2:])))
-        except KeyError: return False
+            for k,v in self.numbers.items():
+                if list(map(itemgetter(k), states)).count(v) != n: return False
+            ps,gs,*tensors = self.tensors()
+            if set(map(_layout, gs)) != {torch.strided}: return False
+            if not (self._alike(ps, self.slots[0], shapes) and self._alike(gs, self.slots[1], shapes)): return False
+            for s,ts,kept in zip(self.slots[2:], tensors, old):
+                if all(map(is_, ts, kept)): continue
+                if not self._alike(ts, s, list(map(_shape, kept))): return False
+                kept[:] = ts
+        except (KeyError, AttributeError): return False # an entry or a gradient is missing
+        return not any(min(map(torch.Tensor.data_ptr, ts)) < 1<<32 and any(map(freed, ts)) for ts in (gs, *tensors))
 
-    def _same(self, p, g, st):
-        "`unchanged` for one parameter alone, which gradient release asks for each"
-        if g is None or p.dtype is not self.slots[0].dtype or g.dtype is not self.slots[1].dtype or p.device != self.device or g.device != self.device: return False
-        if [p.numel()] != self.kept[0] or g.numel() != p.numel() or g.layout is not torch.strided or [p.data_ptr()] != self.kept[1] or (self.shapes and p.shape != self.shapes[0]): return False
-        if len(st) != len(self.numbers) + len(self.slots) - 2: return False
-        for k,v in self.numbers.items():
-            if k not in st or st[k] != v: return False
-        for s,old in zip(self.slots[2:], self.kept[2:]):
-            if st.get(s.name) is not old[0]: return False
-        return True
+    def _alike(self, ts, slot, shapes):
+        "Do the tensors have the slot's dtype, the cohort's device and these shapes?"
+        return set(map(_dtype, ts)) == {slot.dtype} and set(map(_index, ts)) == {self.index} and list(map(_shape, ts)) == shapes
 
     def __len__(self): return len(self.params)
     def __repr__(self): return f"Cohort(group {self.group}: {len(self)} x {self.slots[0].dtype}, state {[s.name for s in self.slots[2:]]}, {self.numbers})"

@@ -9,12 +9,33 @@ import torch
 from .ops import OPS
 from .build import load_library
 from .cpp_axes import _AxesEmitter, AxesKernel
-from .cpp_passes import _ctype, _emit_pass, _emit_values, _prelude, _slow, _vector_math
+from .cpp_passes import _ctype, _emit_pass, _emit_values, _function, _run_function, _slow
 from .phases import TapePhases
 from .tape import Tape
 
 # %% auto #0
 __all__ = ['emit_cpp', 'kernel_threads', 'cpp_kernel']
+
+# %% ../../nbs/engine/cpp.ipynb #e32f1627
+_args = 'const i64* chunks, const i64* tensors, const i64* const* tables, const double* numbers, double* partial, double* values'
+_names = 'chunks, tensors, tables, numbers, partial, values'
+
+def _emit_group(tape, ph, nred):
+    "The function that takes a group through all phases"
+    ncol,nsc,nv,lines,used = len(tape.slots),max(len(tape.scalars), 1),max(len(ph.places), 1),[],set()
+    for k in range(ph.n+1):
+        if ph.values(k):
+            used.add('t')
+            lines += ['each(nt > 256 ? threads : 1, nt, [=](i64 i) {', '    const i64 t = t0 + i, *d = tensors + 5*t;',
+                      f'    values{k}(tables[d[0]] + d[1]*{ncol}, d, numbers + d[0]*{nsc}, values + t*{nv}, partial);', '});']
+        if ph.moves(k):
+            used.add('c')
+            at = 'c0 + i' if k % 2 == 0 else 'c0 + nc - 1 - i' # backwards: what is still in the cache comes first
+            row = f'numbers + d[0]*{nsc}, values + d[4]*{nv}, partial + c*{nred}'
+            lines += ['each(threads, nc, [=](i64 i) {', f'    const i64 c = {at}, *d = chunks + 5*c;',
+                      f'    pass{k}(tables[d[0]] + d[1]*{ncol}, d[2], d[3], {row});', '});']
+    head = [f'const i64 {x}0 = g[{i}], n{x} = g[{i+2}] - {x}0;' for i,x in enumerate('tc') if x in used]
+    return _function('static void group', f'int threads, const i64* g, {_args}', head + lines)
 
 # %% ../../nbs/engine/cpp.ipynb #258f0925
 def emit_cpp(
@@ -22,36 +43,22 @@ def emit_cpp(
 ) -> str: # C++ source with one exported function, `run`
     "`tape` as C++"
     if tape.kinds(): return _AxesEmitter(tape).text()
-    ph,types,slots = TapePhases(tape),tape.types,tape.slots
-    ct = _ctype[ph.compute]
-    ncol,nsc,nv = len(slots),max(len(tape.scalars),1),max(len(ph.places),1)
-    nred = max(len(ph.partials), 1)
-    out = [_prelude]
-    if any(f in OPS[o[0]].cpp and k=='e' for o,(k,_) in zip(tape.ops, types) for f in _slow): out.append(_vector_math)
-    out.append(f'typedef {ct} CT;')
+    ph = TapePhases(tape)
+    nred,out = max(len(ph.partials), 1),['#include "prelude.h"']
+    calls = (OPS[o[0]].cpp for o,(kind,_) in zip(tape.ops, tape.types) if kind == 'e')
+    if any(f in text for text in calls for f in _slow): out.append('#include "vector_math.h"')
+    out.append(f'typedef {_ctype[ph.compute]} CT;')
     for k in range(ph.n+1):
         if ph.values(k): out.append(_emit_values(tape, ph, k, nred))
         if ph.moves(k): out.append(_emit_pass(tape, ph, k))
-    args = 'const i64* chunks, const i64* tensors, const i64* const* tables, const double* numbers, double* partial, double* values'
-    out += [f'static void group(int threads, const i64* g, {args}) {{', '    const i64 t0 = g[0], c0 = g[1], nt = g[2] - t0, nc = g[3] - c0;']
-    for k in range(ph.n+1):
-        if ph.values(k):
-            out.append(f'    each(nt > 256 ? threads : 1, nt, [=](i64 i) {{ const i64 t = t0 + i, *d = tensors + 5*t; values{k}(tables[d[0]] + d[1]*{ncol}, d, numbers + d[0]*{nsc}, values + t*{nv}, partial); }});')
-        if ph.moves(k):
-            at = 'c0 + i' if k % 2 == 0 else 'c0 + nc - 1 - i' # backwards: what is still in the cache comes first
-            out.append(f'    each(threads, nc, [=](i64 i) {{ const i64 c = {at}, *d = chunks + 5*c; pass{k}(tables[d[0]] + d[1]*{ncol}, d[2], d[3], numbers + d[0]*{nsc}, values + d[4]*{nv}, partial + c*{nred}); }});')
-    names = ', '.join(a.split()[-1].lstrip('*') for a in args.split(','))
-    out += ['}', f'extern "C" void run(int threads, i64 nsolo, const i64* solo, i64 nwide, const i64* wide, {args}) {{',
-            f'    each(threads, nsolo, [=](i64 i) {{ group(1, solo + 4*i, {names}); }});',
-            f'    for (i64 i = 0; i < nwide; i++) group(threads, wide + 4*i, {names});', '}']
-    return '\n'.join(out) + '\n'
+    return '\n'.join([*out, _emit_group(tape, ph, nred), _run_function(_args, _names)]) + '\n'
 
 # %% ../../nbs/engine/cpp.ipynb #4945ea13
 _process = dict(forked=False)
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: _process.update(forked=True))
 
 def kernel_threads(
-    elements:int # Elements that are worked on
+    elements:int # Number of elements in all tensors of a launch
 ) -> int: # Threads for a kernel
     "As many threads as torch uses, but no more than there is work for"
     return 1 if _process['forked'] else min(torch.get_num_threads(), 1 + elements//32768)
@@ -59,9 +66,11 @@ def kernel_threads(
 # %% ../../nbs/engine/cpp.ipynb #a678cc51
 _kernels,_lock = {},threading.Lock()
 
+# The arguments of the function are: threads; number of solo groups and their rows; number of wide groups and their rows; then the addresses
+# of chunks, tensors, tables, numbers, partial results, and values of tensors
 def cpp_kernel(
     tape:Tape # What to do
-): # ctypes function: threads, solo groups (number, rows), wide groups (number, rows), chunks, tensors, tables, numbers, partial results and values of tensors; or an `AxesKernel`
+): # A ctypes function, or an `AxesKernel`
     "Compile `tape` for the CPU, once for each key"
     with _lock:
         if (f := _kernels.get(tape.key)) is None:

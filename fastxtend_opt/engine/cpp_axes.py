@@ -4,156 +4,102 @@
 
 # %% ../../nbs/engine/cpp_axes.ipynb #c404640c
 from __future__ import annotations
+import re
 from collections import namedtuple
-import torch
+from fastcore.basics import patch
 from .ops import OPS
 from .phases import value_name as val
-from .cpp_passes import _ctype, _emit_values, _expr, _inverse, _prelude
+from .cpp_passes import (_constants, _ctype, _declare, _element, _emit_values, _expr, _function, _pointers,
+    _run_function, _start, _take, _take_expr)
 from .phases import TapePhases
 from .kinds import SCALAR_REF
 
 # %% auto #0
 __all__ = ['AxesKernel', 'AxesLayout']
 
-# %% ../../nbs/engine/cpp_axes.ipynb #da74664d
-_axes_prelude = '''#include <cstdlib>
-enum { BLK = 1024 };
-template<class F> struct Buffer { // of a thread, between the passes over a few rows
-    F* p = nullptr; i64 n = 0;
-    F* get(i64 m) { if (m > n) { std::free(p); p = (F*)std::malloc(m*sizeof(F)); n = m; } return p; }
-    ~Buffer() { std::free(p); }
-};
-template struct Buffer<float>; template struct Buffer<double>; // said, as GCC 12 leaves out the destructor that only a thread_local needs
-#define SIZES(n, f) if (n == 3) { f(3) } // the rows of most convolutions
-// A value a row, over its elements
-template<class S> static inline void fill_rows(CT* __restrict__ e, const S* __restrict__ s, i64 rows, i64 n) {
-    #define ONE(N) for (i64 r = 0; r < rows; r++) { const CT v = CT(ld(s[r])); for (int c = 0; c < N; c++) e[r*N+c] = v; } return;
-    SIZES(n, ONE)
-    #undef ONE
-    for (i64 r = 0; r < rows; r++) { const CT v = CT(ld(s[r])); for (i64 c = 0; c < n; c++) e[r*n+c] = v; }
-}
-// A value a column, over the rows
-template<class S> static inline void fill_columns(CT* __restrict__ e, const S* __restrict__ s, i64 mats, i64 rows, i64 n) {
-    #define ONE(N) for (i64 m = 0; m < mats; m++) for (i64 r = 0; r < rows; r++, e += N) for (int c = 0; c < N; c++) e[c] = CT(ld(s[m*N+c])); return;
-    SIZES(n, ONE)
-    #undef ONE
-    for (i64 m = 0; m < mats; m++) for (i64 r = 0; r < rows; r++, e += n) for (i64 c = 0; c < n; c++) e[c] = CT(ld(s[m*n+c]));
-}
-template<class S> static inline const CT* columns(CT* e, const S* s, i64 mats, i64 rows, i64 n) { fill_columns(e, s, mats, rows, n); return e; }
-static inline const CT* columns(CT* e, const CT* s, i64 mats, i64 rows, i64 n) { if (mats*rows == 1) return s; fill_columns(e, s, mats, rows, n); return e; }
-struct Sum { static constexpr double start = 0; template<class F> static inline void add(F& q, F y) { q += y; } };
-struct Max { static constexpr double start = -INFINITY; template<class F> static inline void add(F& q, F y) { q = (y > q || y != y) ? y : q; } };
-template<class Op> struct Row { static inline CT of(const CT* y, i64 n) { CT q = CT(Op::start); for (i64 c = 0; c < n; c++) Op::add(q, y[c]); return q; } };
-template<> struct Row<Sum> { static inline CT of(const CT* y, i64 n) {
-    CT q = 0;
-    #pragma omp simd reduction(+:q)
-    for (i64 c = 0; c < n; c++) q += y[c];
-    return q; } };
-template<class Op> static inline void reduce_rows(double* __restrict__ d, const CT* __restrict__ y, i64 rows, i64 n) {
-    #define ONE(N) for (i64 r = 0; r < rows; r++) { CT q = y[r*N]; for (int c = 1; c < N; c++) Op::add(q, y[r*N+c]); Op::add(d[r], double(q)); } return;
-    SIZES(n, ONE)
-    #undef ONE
-    if (n < 16) { for (i64 r = 0; r < rows; r++) { CT q = y[r*n]; for (i64 c = 1; c < n; c++) Op::add(q, y[r*n+c]); Op::add(d[r], double(q)); } return; }
-    for (i64 r = 0; r < rows; r++) Op::add(d[r], double(Row<Op>::of(y + r*n, n)));
-}
-template<class Op> static inline void reduce_columns(double* __restrict__ d, const CT* __restrict__ y, i64 mats, i64 rows, i64 n) {
-    #define ONE(N) for (i64 m = 0; m < mats; m++, y += rows*N) for (int c = 0; c < N; c++) { CT q = y[c]; for (i64 r = 1; r < rows; r++) Op::add(q, y[r*N+c]); Op::add(d[m*N+c], double(q)); } return;
-    if (n == 3 && rows == 3) { const int rows = 3; ONE(3) }
-    #undef ONE
-    CT q[BLK];
-    for (i64 m = 0; m < mats; m++, y += rows*n) {
-        if (rows == 1) { for (i64 c = 0; c < n; c++) Op::add(d[m*n+c], double(y[c])); continue; }
-        for (i64 c = 0; c < n; c++) q[c] = y[c];
-        for (i64 r = 1; r < rows; r++) for (i64 c = 0; c < n; c++) Op::add(q[c], y[r*n+c]);
-        for (i64 c = 0; c < n; c++) Op::add(d[m*n+c], double(q[c]));
-    }
-}
-// Blocks of a chunk of mats x rows x n elements: whole matrices, whole rows of one, or a part of a row
-struct Block {
-    i64 mats, rows, n, m = 0, r = 0, c = 0, nm = 1, nr = 1, nc, at = 0;
-    Block(i64 mats, i64 rows, i64 n): mats(rows*n ? mats : 0), rows(rows), n(n), nc(n) { size(); }
-    bool more() const { return m < mats; }
-    void size() {
-        if (n > BLK) nc = n - c < BLK ? n - c : BLK;
-        else if (rows*n > BLK) nr = rows - r < BLK/n ? rows - r : BLK/n;
-        else if (rows*n) { nr = rows; nm = mats - m < BLK/(rows*n) ? mats - m : BLK/(rows*n); }
-    }
-    void next() {
-        at += nm*nr*nc;
-        if (n > BLK && (c += nc) < n) {}
-        else if (c = 0, rows*n > BLK && (r += nr) < rows) {}
-        else { r = 0; m += nm; }
-        size();
-    }
-};
-'''
-
-# %% ../../nbs/engine/cpp_axes.ipynb #92397911
-_width = dict(ab='B', ac='C', a='1') # Values of a matrix
+# %% ../../nbs/engine/cpp_axes.ipynb #f108888d
 AxesKernel = namedtuple('AxesKernel', 'run layout') # ctypes function, and what it needs room for
 AxesKernel.__doc__ = "A kernel that reduces along axes: `run`, a ctypes function, and `layout`, an `AxesLayout`"
-AxesLayout = namedtuple('AxesLayout', 'values partial parts sums local kept compute') # Numbers of a tensor, chunk and unit, then of those along (rows, columns, matrices), and the dtype
-AxesLayout.__doc__ = "What a launch makes room for: `values` of a tensor, `partial` results of a chunk, `parts` of a unit; then rows, columns and matrices: `sums` of a chunk, `local` values of a unit, values that are `kept` of a tensor; `compute`: the arithmetic's dtype"
 
+# %% ../../nbs/engine/cpp_axes.ipynb #f44498c4
+# Numbers per tensor, chunk and unit, then numbers of values along axes (rows, columns, matrices), and the dtype
+AxesLayout = namedtuple('AxesLayout', 'values partial parts sums local kept compute')
+AxesLayout.__doc__ = """The memory that a launch provides: `values` of a tensor, `partial` results of a chunk, `parts` of a unit. Then,
+for rows, columns and matrices: `sums` of a chunk, `local` values of a unit, and values that are `kept` of a tensor. `compute` is the
+dtype of the arithmetic"""
+
+# %% ../../nbs/engine/cpp_axes.ipynb #7a5a8562
+_kinds = dict(ab='B', ac='C', a='1') # Kinds of values along axes, and how many of them a matrix has
+
+def _ints(**names): return {n:f'const i64 {n} = {x};' for n,x in names.items()}
+_sizes = _ints(A='d[5]', B='d[6]', C='d[7]')
+
+def _name(r): return f'x{-r-1}' if r < 0 else str(r)
+def _reduce(tape, j): return OPS[tape.ops[j][0]].reduce
+def _op(tape, j): return 'Sum' if _reduce(tape, j) == 'sum' else 'Max'
+
+def _finish(tape, j, n):
+    "The factor of a mean, and the expression that ends reduction `j` of `n` elements, whose sum or maximum is `q`"
+    finish = OPS[tape.ops[j][0]].finish
+    if finish == '{0}/{n}': return [f'const double f{j} = 1.0/double({n});'],f'CT(q*f{j})'
+    return [],f"CT({finish.format('q', n=f'double({n})')})"
+
+# %% ../../nbs/engine/cpp_axes.ipynb #92397911
 class _AxesEmitter:
     "The C++ of a tape that reduces along axes: matrices of B rows of C elements, A of them"
     def __init__(self, tape):
         self.tape,self.ph = tape,TapePhases(tape)
         ph,self.slots,self.types = self.ph,tape.slots,tape.types
-        self.ct = _ctype[ph.compute]
-        self.ncol,self.nsc,self.nv,self.nred = len(tape.slots),max(len(tape.scalars), 1),max(len(ph.places), 1),max(len(ph.partials), 1)
-        self.sums = [ph.axis_sums(k) for k in range(ph.n)] + [[]] # what pass k sums
+        self.ncol,self.nsc,self.nv,self.nred = (max(len(x), 1) for x in (tape.slots, tape.scalars, ph.places, ph.partials))
+        self.sums = [ph.axis_sums(k) for k in range(ph.n)] + [[]] # what pass k sums along axes
         self.parts = {j:i for i,j in enumerate(j for k in range(ph.n) for j in ph.unit_sums(k))}
+        self.stages = range(ph.n+1)
         self._cut(); self._place()
 
+    def unit_reads(self, k): return {r for j in self.ph.units[k] for r in self.ph._used(j)}
+    def pass_reads(self, k): return self.ph.reads(k) if k < self.ph.n else set()
+    def unit_sums(self, k): return self.ph.unit_sums(k) if k < self.ph.n else []
+
     def _cut(self):
-        "Segments: stages that each unit goes through by itself, ahead of the values of their levels"
-        ph,n = self.ph,self.ph.n
-        self.segments = []
-        for k in range(n+1):
-            reads = {r for j in ph.units[k] for r in ph._used(j)} | (ph.reads(k) if k < n else set())
-            if any(0 <= r < SCALAR_REF and ph.kind(r) == 's' and ph.level[r] == k for r in reads) or k == 0: self.segments.append([])
+        "Cut the stages into segments, before each stage that reads a value of the whole tensor from its own level"
+        ph,self.segments = self.ph,[]
+        for k in self.stages:
+            reads = self.unit_reads(k) | self.pass_reads(k)
+            if k == 0 or any(0 <= r < SCALAR_REF and ph.kind(r) == 's' and ph.level[r] == k for r in reads): self.segments.append([])
             self.segments[-1].append(k)
         self.segment = {k:i for i,s in enumerate(self.segments) for k in s}
 
     def _place(self):
         "Where values along axes are kept: 'L' for a segment, 'G' until the end, by kind"
-        ph,ops = self.ph,self.tape.ops
-        made = {j:k for k in range(ph.n+1) for j in ph.units[k]} | {j:k for k,js in enumerate(self.sums) for j in js} # reductions: by the segment of their pass
+        made = {j:k for k in self.stages for j in self.ph.units[k]}
+        made |= {j:k for k,js in enumerate(self.sums) for j in js} # reductions belong to the segment of their pass
         used = {j:{self.segment[k]} for j,k in made.items()}
-        for k in range(ph.n+1):
-            reads = {r for j in ph.units[k] for r in ph._used(j)} | {r for _,r in ph.unit_stores[k]} | (ph.reads(k) | {ops[j][1] for j in ph.unit_sums(k)} if k < ph.n else set())
-            for r in reads:
-                if r in used: used[r].add(self.segment[k])
-        self.places,self.count = {},{w+k:0 for w in 'LG' for k in ('ab','ac','a')}
+        for k in self.stages:
+            reads = self.unit_reads(k) | {r for _,r in self.ph.unit_stores[k]}
+            reads |= self.pass_reads(k) | {self.tape.ops[j][1] for j in self.unit_sums(k)}
+            for r in reads & used.keys(): used[r].add(self.segment[k])
+        self.places,self.count = {},{w+k:0 for w in 'LG' for k in _kinds}
         for j in sorted(used):
             w = ('L' if len(used[j]) == 1 else 'G') + self.types[j][0]
             self.places[j] = w,self.count[w]; self.count[w] += 1
-        self.accs = {k:max(sum(self.types[j][0] == k for j in js) for js in self.sums) for k in ('ab','ac','a')}
+        self.accs = {k:max(sum(self.types[j][0] == k for j in js) for js in self.sums) for k in _kinds}
 
-    def array(self, r, unit=True):
-        "Pointer to the values `r` of this unit's matrices, and their C type"
+    def layout(self):
+        "What the launch has to make room for"
+        kept = (tuple(self.count[w+k] for k in _kinds) for w in 'LG')
+        return AxesLayout(self.nv, self.nred, max(len(self.parts), 1), tuple(self.accs.values()), *kept, self.ph.compute)
+
+    def array(self, r):
+        "Pointer to the values `r` of the matrices of this unit, and their C type"
         kind = self.ph.kind(r)
-        if r < 0: return f'({_ctype[self.slots[-r-1].dtype]}*)T[{-r-1}] + m0*{_width[kind]}',_ctype[self.slots[-r-1].dtype]
-        (w,i),n = self.places[r],'na' if self.places[r][0][0] == 'L' else 'A'
-        before = [f'{self.count[w[0]+k]}*{n}*{_width[k]}' for k in list(_width)[:list(_width).index(kind)] if self.count[w[0]+k]]
-        if i: before.append(f'{i}*{n}*{_width[kind]}')
-        return ' + '.join([w[0], *before]) + ('' if n == 'na' else f' + m0*{_width[kind]}'),'CT'
+        first = f' + m0*{_kinds[kind]}'
+        if r < 0: return f'({_ctype[self.slots[-r-1].dtype]}*)T[{-r-1}]{first}',_ctype[self.slots[-r-1].dtype]
+        (w,i),before = self.places[r],list(_kinds)[:list(_kinds).index(kind)]
+        n = 'na' if w[0] == 'L' else 'A'
+        at = [f'{self.count[w[0]+k]}*{n}*{_kinds[k]}' for k in before if self.count[w[0]+k]]
+        if i: at.append(f'{i}*{n}*{_kinds[kind]}')
+        return ' + '.join([w[0], *at]) + ('' if n == 'na' else first),'CT'
 
-    def sizes(self): return 'const i64 A = d[5], B = d[6], C = d[7];'
-
-    def consts(self, refs, inverse=()):
-        res = []
-        for r in sorted(refs):
-            if r >= SCALAR_REF:
-                res.append(f'const CT {val(r)} = CT(S[{r-SCALAR_REF}]);')
-                if r in inverse: res.append(f'const CT i{val(r)} = CT(1.0/S[{r-SCALAR_REF}]);')
-            elif self.ph.kind(r) == 's':
-                res.append(f'const CT {val(r)} = CT(V[{self.ph.places[r]}]);' if r >= 0 else f'const CT {val(r)} = ld(*({_ctype[self.slots[-r-1].dtype]}*)T[{-r-1}]);')
-        return res
-
-    def inverse(self, js): return {self.tape.ops[j][2] for j in js if _inverse(self.tape, j)}
-    def op(self, j): return 'Sum' if OPS[self.tape.ops[j][0]].reduce == 'sum' else 'Max'
     def acc(self, js, na, rows):
         "Where the accumulators of axis sums `js` begin in a chunk's"
         at,res = [],{}
@@ -161,213 +107,280 @@ class _AxesEmitter:
             mine = [j for j in js if self.types[j][0] == kind]
             for i,j in enumerate(mine): res[j] = ' + '.join(['D', *at, *([f'{i}*{size}'] if i else [])])
             if mine: at.append(f'{len(mine)}*{size}')
-        return res,' + '.join(at) or '0'
+        return res
 
-    def pass_(self, k):
-        "A pass over a chunk, a block at a time: values along axes are spread over its elements, then comes one plain loop, then the elements are summed along axes"
-        ph,tape = self.ph,self.tape
-        js,loads = ph.work[k]
-        stored,sums,axis,reads = ph.stored(k),ph.sums(k),self.sums[k],ph.reads(k)
-        units = sorted(r for r in reads if ph.unit(r))
-        out = [self.sizes(), 'const i64 first = X[2], m0 = X[5], mats = X[6], rows = X[8], na = X[11];', 'const i64 total = mats*rows;']
-        for i in sorted({i for i,_ in loads.values()} | set(stored)):
-            ct = _ctype[self.slots[i].dtype]
-            out.append(f"{'' if i in stored else 'const '}{ct}* __restrict__ p{i} = ({ct}*)T[{i}] + first;")
-        out += self.consts({r for r in reads if not ph.unit(r)}, self.inverse(js))
-        for r in units:
-            text,ct = self.array(r)
-            out.append(f"const {ct}* u{self.name(r)} = {text}" + {'ab':' + X[7]', 'ac':'', 'a':''}[ph.kind(r)] + ';')
-        acc,size = self.acc(axis, 'mats', 'total')
-        for j in axis: out.append(f'double* d{j} = {acc[j]};')
-        for kind,n in (('ab','total'), ('ac','mats*C'), ('a','mats')):
-            for j in axis:
-                if self.types[j][0] == kind: out.append(f'for (i64 o = 0; o < {n}; o++) d{j}[o] = {self.op(j)}::start;')
-        init = {'sum':'0', 'max':'-INFINITY'}
-        red = {j:OPS[tape.ops[j][0]].reduce for j in sums}
-        out += [f'double r{j} = {init[red[j]]};' for j in sums]
-        out.append('for (Block k(mats, rows, C); k.more(); k.next()) {')
-        b = ['const i64 m = k.m, r = k.r, c = k.c, nm = k.nm, nr = k.nr, nc = k.nc, at = k.at, n = nm*nr*nc; (void)m; (void)r; (void)c;']
-        for r in units:
-            n = self.name(r)
-            b.append(f'CT z{n}[BLK]; const CT* e{n} = z{n};')
-            b.append({'ab':f'fill_rows(z{n}, u{n} + m*rows + r, nm*nr, nc);', 'ac':f'e{n} = columns(z{n}, u{n} + m*C + c, nm, nr, nc);', 'a':f'fill_rows(z{n}, u{n} + m, nm, nr*nc);'}[ph.kind(r)])
-        b += [f"{'' if i in stored else 'const '}{_ctype[self.slots[i].dtype]}* __restrict__ a{i} = p{i} + at;" for i in sorted({i for i,_ in loads.values()} | set(stored))]
-        b += [f'CT y{j}[BLK];' for j in axis]
-        b += [f'CT q{j} = {init[red[j]]};' for j in sums]
-        if not sums: b.append('#pragma GCC ivdep')
-        elif all(v == 'sum' for v in red.values()): b.append(f"#pragma omp simd reduction(+:{','.join(f'q{j}' for j in sums)})")
-        b.append('for (i64 i = 0; i < n; i++) {')
-        for r,(i,_) in sorted(loads.items()): b.append(f'    const CT {val(r)} = ld(a{i}[i]);')
-        for r in units: b.append(f'    const CT {val(r)} = e{self.name(r)}[i];')
-        if any(tape.ops[j][0] == 'sround_bfloat16' for j in js): b.append('    const i64 idx = first + at + i;')
-        b += [f"    const {'bool' if self.types[j][1] is torch.bool else 'CT'} t{j} = {_expr(tape, j, val, inverse=True)};" for j in js]
-        b += [f'    st(a{i}[i], CT({val(r)}));' for i,r in stored.items()]
-        b += [f'    y{j}[i] = CT({_expr(tape, j, val)});' for j in axis]
-        for j in sums:
-            x = f'CT({_expr(tape, j, val)})'
-            b.append(f'    q{j} += {x};' if red[j]=='sum' else f'    {{ const CT y = {x}; q{j} = (y > q{j} || y != y) ? y : q{j}; }}')
-        b.append('}')
-        b += [f'r{j} += q{j};' if red[j]=='sum' else f'r{j} = (q{j} > r{j} || q{j} != q{j}) ? q{j} : r{j};' for j in sums]
-        for j in axis:
-            b.append({'ab':f'reduce_rows<{self.op(j)}>(d{j} + m*rows + r, y{j}, nm*nr, nc);', 'ac':f'reduce_columns<{self.op(j)}>(d{j} + m*C + c, y{j}, nm, nr, nc);',
-                      'a':f'reduce_rows<{self.op(j)}>(d{j} + m, y{j}, nm, nr*nc);'}[self.types[j][0]])
-        out += ['    '+l for l in b] + ['}'] + [f'P[{ph.partials[j]}] = r{j};' for j in sums]
-        return f'static void pass{k}(const i64* T, const i64* X, const i64* d, const double* S, const double* V, double* P, double* D, CT* L, CT* G) {{\n    ' + '\n    '.join(out) + '\n}'
+# %% ../../nbs/engine/cpp_axes.ipynb #40277ba6
+@patch
+def block(self:_AxesEmitter, k, used, units, reduce):
+    "One block of pass `k`: spread values of rows and columns (`units`), do the elementwise part, sum along axes (and over all: `reduce`)"
+    tape,axis,lines = self.tape,self.sums[k],[]
+    for r in units:
+        n = _name(r)
+        lines.append(f'CT z{n}[BLK]; const CT* e{n} = z{n};')
+        lines.append({'ab':f'fill_rows(z{n}, u{n} + m*rows + r, nm*nr, nc);', 'ac':f'e{n} = columns(z{n}, u{n} + m*C + c, nm, nr, nc);',
+                      'a':f'fill_rows(z{n}, u{n} + m, nm, nr*nc);'}[self.ph.kind(r)])
+    lines += _pointers(tape, used, self.ph.stored(k), 'a', lambda i, ct: f'p{i} + at')
+    lines += [f'CT y{j}[BLK];' for j in axis] + [f'CT q{j} = {_start[op]};' for j,op in reduce.items()]
+    if not reduce: lines.append('IVDEP')
+    elif set(reduce.values()) == {'sum'}: lines.append(f"SIMD_SUM({', '.join(f'q{j}' for j in reduce)})")
+    body = [f'const CT {val(r)} = e{_name(r)}[i];' for r in units] + _element(tape, self.ph, k, 'first + at + i')
+    body += [f'y{j}[i] = CT({_expr(tape, j, val)});' for j in axis]
+    body += [_take_expr(op, f'q{j}', f'CT({_expr(tape, j, val)})') for j,op in reduce.items()]
+    lines += ['for (i64 i = 0; i < n; i++) {', *('    '+l for l in body), '}']
+    lines += [_take(op, f'r{j}', f'q{j}') for j,op in reduce.items()]
+    for j in axis:
+        f,y = f"reduce_{'columns' if self.types[j][0] == 'ac' else 'rows'}<{_op(tape, j)}>",f'y{j}'
+        lines.append({'ab':f'{f}(d{j} + m*rows + r, {y}, nm*nr, nc);', 'ac':f'{f}(d{j} + m*C + c, {y}, nm, nr, nc);',
+                      'a':f'{f}(d{j} + m, {y}, nm, nr*nc);'}[self.types[j][0]])
+    names = _ints(**{o:f'k.{o}' for o in ('m','r','c','nm','nr','nc','at')}, n='nm*nr*nc')
+    return ['for (Block k(mats, rows, C); k.more(); k.next()) {', *('    '+l for l in _declare(names, lines)), '}']
 
-    def name(self, r): return f'x{-r-1}' if r < 0 else str(r)
+@patch
+def pass_(self:_AxesEmitter, k):
+    "Pass `k` over a chunk, a block at a time"
+    ph,tape,axis = self.ph,self.tape,self.sums[k]
+    loads,reads,stored = ph.work[k][1],ph.reads(k),ph.stored(k)
+    reduce,units = {j:_reduce(tape, j) for j in ph.sums(k)},sorted(filter(ph.unit, reads))
+    used = sorted({i for i,_ in loads.values()} | set(stored))
+    lines = _pointers(tape, used, stored, 'p', lambda i, ct: f'({ct}*)T[{i}] + first')
+    for r in units:
+        text,ct = self.array(r)
+        lines.append(f"const {ct}* u{_name(r)} = {text}{' + X[7]' if ph.kind(r) == 'ab' else ''};")
+    acc = self.acc(axis, 'mats', 'total')
+    for j in axis: lines.append(f'double* d{j} = {acc[j]};')
+    for j in axis:
+        n = dict(ab='total', ac='mats*C', a='mats')[self.types[j][0]]
+        lines.append(f'for (i64 o = 0; o < {n}; o++) d{j}[o] = {_op(tape, j)}::start;')
+    lines += [f'double r{j} = {_start[op]};' for j,op in reduce.items()]
+    lines += self.block(k, used, units, reduce) + [f'P[{ph.partials[j]}] = r{j};' for j in reduce]
+    names = _sizes | _ints(first='X[2]', m0='X[5]', mats='X[6]', rows='X[8]', na='X[11]', total='mats*rows')
+    names |= _constants(tape, ph, {r for r in reads if not ph.unit(r)})
+    params = 'const i64* T, const i64* X, const i64* d, const double* S, const double* V, double* P, double* D, CT* L, CT* G'
+    return _function(f'static void pass{k}', params, _declare(names, lines))
 
-    def finish(self, k):
-        "After pass `k`: its sums along axes, put together from the chunks of a unit"
-        js = self.sums[k]
-        acc,_ = self.acc(js, 'mats', 'total')
-        out = [self.sizes(), 'const i64 m0 = u[1], na = u[2];']
-        for j in js:
-            kind,o = self.types[j][0],OPS[self.tape.ops[j][0]]
-            n = {'ab':'C', 'ac':'B', 'a':'(B*C)'}[kind]
-            fin = f'q*f{j}' if o.finish == '{0}/{n}' else o.finish.format('q', n=f'double({n})')
-            out.append(f'const double f{j} = 1.0/double({n}); (void)f{j};')
-            dst = f'CT* o = {self.array(j)[0]};'
-            each_chunk = 'const i64* X = chunks + 12*c; const i64 mats = X[6], total = mats*X[8]; double* D = D0 + (d[11] ? X[10] : 0); (void)total;'
-            if kind == 'ab':
-                out += [f'{{ {dst}', f'    for (i64 c = u[3]; c < u[3] + u[4]; c++) {{ {each_chunk} const double* s = {acc[j]}; for (i64 i = 0; i < total; i++) {{ const double q = s[i]; o[X[7]+i] = CT({fin}); }} }}',
-                        f'    if (!u[4]) for (i64 i = 0; i < na*B; i++) {{ const double q = {self.op(j)}::start; o[i] = CT({fin}); }} }}']
-            else:
-                width = 'na*C' if kind == 'ac' else 'na'
-                out += [f'{{ {dst} double* s = nullptr;', f'    for (i64 c = u[3]; c < u[3] + u[4]; c++) {{ {each_chunk} double* p = {acc[j]}; if (s) {{ for (i64 i = 0; i < {width}; i++) {self.op(j)}::add(s[i], p[i]); }} else s = p; }}',
-                        f'    for (i64 i = 0; i < {width}; i++) {{ const double q = s ? s[i] : {self.op(j)}::start; o[i] = CT({fin}); }} }}']
-        return f'static void finish{k}(const i64* T, const i64* u, const i64* d, const i64* chunks, double* D0, CT* L, CT* G) {{\n    ' + '\n    '.join(out) + '\n}'
+# %% ../../nbs/engine/cpp_axes.ipynb #56a0d73a
+@patch
+def finish(self:_AxesEmitter, k):
+    "After pass `k`: its sums along axes, put together from the chunks of a unit"
+    acc,lines = self.acc(self.sums[k], 'mats', 'total'),[]
+    chunk = ['const i64* X = chunks + 12*c;', 'double* D = D0 + (d[11] ? X[10] : 0);']
+    for j in self.sums[k]:
+        kind,op = self.types[j][0],_op(self.tape, j)
+        factor,x = _finish(self.tape, j, {'ab':'C', 'ac':'B', 'a':'(B*C)'}[kind])
+        start = f'{op}::start'
+        lines += [*factor, '{', f'    CT* o = {self.array(j)[0]};']
+        if kind == 'ab':
+            each = [*chunk, f'const double* s = {acc[j]};',
+                    f'for (i64 i = 0; i < total; i++) {{ const double q = s[i]; o[X[7]+i] = {x}; }}']
+            last = f'if (!u[4]) for (i64 i = 0; i < na*B; i++) {{ const double q = {start}; o[i] = {x}; }}'
+        else:
+            width = 'na*C' if kind == 'ac' else 'na'
+            lines.append('    double* s = nullptr;')
+            each = [*chunk, f'double* p = {acc[j]};',
+                    f'if (s) {{ for (i64 i = 0; i < {width}; i++) {op}::add(s[i], p[i]); }}', 'else s = p;']
+            last = f'for (i64 i = 0; i < {width}; i++) {{ const double q = s ? s[i] : {start}; o[i] = {x}; }}'
+        each = [each[0], *_declare(_ints(mats='X[6]', total='mats*X[8]'), each[1:])]
+        lines += ['    for (i64 c = u[3]; c < u[3] + u[4]; c++) {', *('        '+l for l in each), '    }', '    '+last, '}']
+    names = _sizes | _ints(m0='u[1]', na='u[2]')
+    params = 'const i64* T, const i64* u, const i64* d, const i64* chunks, double* D0, CT* L, CT* G'
+    return _function(f'static void finish{k}', params, _declare(names, lines))
 
-    def units(self, k):
-        "Before pass `k`: values along axes of one unit, in loops over those of one kind; then the stores, and sums to one value a tensor"
-        ph,tape = self.ph,self.tape
-        js,stores,parts = ph.units[k],ph.unit_stores[k],(ph.unit_sums(k) if k < ph.n else [])
-        loops,where = [],{} # (kind, entries)
-        for j in js:
-            kind,local = self.types[j][0],bool(OPS[tape.ops[j][0]].reduce)
-            low = 0
-            for r in ph._used(j):
-                if r in where: low = max(low, where[r] + (1 if local or self.types[r][0] != kind else 0))
-            at = next((i for i in range(low, len(loops)) if loops[i][0] == kind), None)
-            if at is None: loops.append((kind, [])); at = len(loops)-1
-            loops[at][1].append(j); where[j] = at
-        out = [self.sizes(), 'const i64 m0 = u[1], na = u[2];']
-        refs = {r for j in js for r in ph._used(j)} | {r for _,r in stores}
-        out += self.consts({r for r in refs if not ph.unit(r) and (r >= SCALAR_REF or ph.kind(r) == 's')}, self.inverse(js))
-        early = {i:where[r] for i,r in stores if r in where and not OPS[tape.ops[r][0]].reduce and all(r2 != -i-1 for _,r2 in stores) and
-                 not any(-i-1 in ph._used(j) for n,(_,mine) in enumerate(loops) for j in mine if n > where[r])}
-        read = {r for k2 in range(ph.n+1) for j in (ph.units[k2] if k2 != k else ()) for r in ph._used(j)} | {r for k2 in range(ph.n) for r in (*ph.reads(k2), *(tape.ops[j][1] for j in ph.unit_sums(k2)))}
-        read |= {r for k2 in range(ph.n+1) for i,r in ph.unit_stores[k2] if k2 != k or i not in early}
-        read |= {r for n,(_,mine) in enumerate(loops) for j in mine for r in ph._used(j) if where.get(r, n) != n or OPS[tape.ops[j][0]].reduce}
-        for n,(kind,mine) in enumerate(loops): out += self.loop(kind, mine, [(i, r) for i,r in stores if early.get(i) == n], read)
-        by = {}
-        for i,r in stores:
-            if i not in early: by.setdefault(self.slots[i].kind, []).append((i, r))
-        for kind,st in by.items(): out += self.loop(kind, [], st, read)
-        for j in parts:
-            r = tape.ops[j][1]
-            text,ct = self.array(r)
-            x = OPS[tape.ops[j][0]].cpp.format('x')
-            out += [f"{{ double q = {self.op(j)}::start; const {ct}* s = {text}; for (i64 i = 0; i < {self.length(ph.kind(r))}; i++) {{ const double x = ld(s[i]); {self.op(j)}::add(q, double({x})); }} Q[{self.parts[j]}] = q; }}"]
-        return f'static void units{k}(const i64* T, const i64* u, const i64* d, const double* S, const double* V, double* Q, CT* L, CT* G) {{\n    ' + '\n    '.join(out) + '\n}'
+# %% ../../nbs/engine/cpp_axes.ipynb #ed5a28be
+def _length(kind): return {'ab':'na*B', 'ac':'na*C', 'a':'na'}[kind]
 
-    def length(self, kind): return {'ab':'na*B', 'ac':'na*C', 'a':'na'}[kind]
+@patch
+def unit_loops(self:_AxesEmitter, k):
+    "Entries before pass `k`, as (kind, entries) pairs in the order of their loops, and the loop of each entry"
+    loops,where = [],{}
+    for j in self.ph.units[k]:
+        kind,local = self.types[j][0],bool(_reduce(self.tape, j))
+        low = max((where[r] + (local or self.types[r][0] != kind) for r in self.ph._used(j) if r in where), default=0)
+        at = next((i for i in range(low, len(loops)) if loops[i][0] == kind), None)
+        if at is None: loops.append((kind, [])); at = len(loops)-1
+        loops[at][1].append(j); where[j] = at
+    return loops,where
 
-    def loop(self, kind, mine, stores, read):
-        "A loop over the values of one kind"
-        ph,tape = self.ph,self.tape
-        local = [j for j in mine if OPS[tape.ops[j][0]].reduce]
-        plain = [j for j in mine if j not in local]
-        refs = sorted({r for j in plain for r in ph._used(j) if ph.unit(r) and r not in mine} | {r for _,r in stores if r not in mine})
-        wide = [r for r in refs if ph.kind(r) != kind] # of matrices, over their rows or columns
-        width = {'ab':'B', 'ac':'C', 'a':'1'}[kind]
-        out = ['{']
-        for r in [*refs, *(tape.ops[j][1] for j in local)]:
-            text,ct = self.array(r)
-            if not any(f' g{self.name(r)} =' in l for l in out): out.append(f'const {ct}* g{self.name(r)} = {text};')
-        for j in mine:
-            if j in read or j in local: out.append(f'CT* o{j} = {self.array(j)[0]};')
-        for i,_ in stores:
-            text,ct = self.array(-i-1)
-            out.append(f'{ct}* w{i} = {text};')
-        for j in local: # along the one axis that is left: a value a matrix
-            r,o = tape.ops[j][1],OPS[tape.ops[j][0]]
-            n = 'B' if ph.kind(r) == 'ab' else 'C'
-            simd = '\n    #pragma omp simd reduction(+:q)\n    ' if o.reduce == 'sum' else ''
-            fin = f'q*f{j}' if o.finish == '{0}/{n}' else o.finish.format('q', n=f'double({n})')
-            out.append(f'const double f{j} = 1.0/double({n}); (void)f{j};')
-            out.append(f"if ({n} == 3) for (i64 m = 0; m < na; m++) {{ double q = {self.op(j)}::start; for (int i = 0; i < 3; i++) {{ const double x = ld(g{self.name(r)}[m*3+i]); {self.op(j)}::add(q, double({o.cpp.format('x')})); }} o{j}[m] = CT({fin}); }}")
-            out.append(f"else for (i64 m = 0; m < na; m++) {{ double q = {self.op(j)}::start; {simd}for (i64 i = 0; i < {n}; i++) {{ const double x = ld(g{self.name(r)}[m*{n}+i]); {self.op(j)}::add(q, double({o.cpp.format('x')})); }} o{j}[m] = CT({fin}); }}")
-        if plain or stores:
-            body = [f'const CT {val(r)} = CT({"ld(" if r < 0 else "("}g{self.name(r)}[i]));' for r in refs if r not in wide]
-            body += [f'const CT {val(r)} = e{self.name(r)}[i];' for r in wide]
-            body += [f'const CT {val(j)} = o{j}[i];' for j in local if any(j in ph._used(x) for x in plain)]
-            body += [f"const CT t{j} = CT({_expr(tape, j, val, inverse=True)});" + (f' o{j}[i] = t{j};' if j in read else '') for j in plain]
-            body += [f'st(w{i}[i], {val(r)});' for i,r in stores]
-            if not wide: out += ['#pragma GCC ivdep', f'for (i64 i = 0; i < {self.length(kind)}; i++) {{'] + ['    '+l for l in body] + ['}']
-            else:
-                out.append(f'for (Block k(1, na, {width}); k.more(); k.next()) {{ const i64 at = k.at, n = k.nr*k.nc;')
-                for r in wide: out.append(f'    CT e{self.name(r)}[BLK]; fill_rows(e{self.name(r)}, g{self.name(r)} + k.r, k.nr, k.nc);')
-                moved = [f'const CT {val(r)} = CT({"ld(" if r < 0 else "("}g{self.name(r)}[at+i]));' for r in refs if r not in wide]
-                moved += [f'const CT {val(r)} = e{self.name(r)}[i];' for r in wide]
-                moved += [f"const CT t{j} = CT({_expr(tape, j, val, inverse=True)});" + (f' o{j}[at+i] = t{j};' if j in read else '') for j in plain]
-                moved += [f'st(w{i}[at+i], {val(r)});' for i,r in stores]
-                out += ['    #pragma GCC ivdep', '    for (i64 i = 0; i < n; i++) {'] + ['        '+l for l in moved] + ['    }', '}']
-        return out + ['}']
+@patch
+def early_stores(self:_AxesEmitter, k, loops, where):
+    "Slots that can be stored in the loop that computes their value, as nothing later reads what they held: slot to loop"
+    stores = self.ph.unit_stores[k]
+    def later(i, r): return any(-i-1 in self.ph._used(j) for _,js in loops[where[r]+1:] for j in js) or any(o == -i-1 for _,o in stores)
+    return {i:where[r] for i,r in stores if r in where and not _reduce(self.tape, r) and not later(i, r)}
 
-    def text(self):
-        ph = self.ph
-        out = [_prelude, f'typedef {self.ct} CT;', _axes_prelude]
-        for k in range(ph.n+1):
-            if ph.values(k): out.append(_emit_values(self.tape, ph, k, self.nred, self.parts))
-            if self.does_units(k): out.append(self.units(k))
-            if ph.moves(k): out.append(self.pass_(k))
-            if self.sums[k]: out.append(self.finish(k))
-        acc = {k:self.accs[k] for k in self.accs}
-        loc = {k:self.count['L'+k] for k in self.accs}
-        size = lambda c, na: f"{c['ab']}*{na}*d[6] + {c['ac']}*{na}*d[7] + {c['a']}*{na}"
-        args = 'const i64* chunks, const i64* tensors, const i64* units, const i64* const* tables, const double* numbers, double* partial, double* parts, double* values, double* sums, CT* local, CT* kept'
-        names = ', '.join(a.split()[-1].lstrip('*') for a in args.split(','))
-        np_ = max(len(self.parts), 1)
-        unit_head = f"const i64* d = tensors + 12*u[0], *T = tables[d[0]] + d[1]*{self.ncol}; const double *S = numbers + d[0]*{self.nsc}, *V = values + u[0]*{self.nv}; CT* G = kept + d[8]; (void)T; (void)S; (void)V;"
-        out += ['static thread_local Buffer<double> own_sums;', 'static thread_local Buffer<CT> own;']
-        def pass_call(k, c, D, L): return f'pass{k}(T, chunks + 12*({c}), d, S, V, partial + ({c})*{self.nred}, {D}, {L}, G);'
-        for i,seg in enumerate(self.segments):
-            if not self.does(seg): continue
-            out += [f'static void segment{i}(i64 ui, {args}) {{', '    const i64* u = units + 6*ui;', '    '+unit_head,
-                    f"    double* D = d[11] ? sums : own_sums.get({size(acc, 'u[2]')} + 1);", f"    CT* L = d[11] ? local + u[5] : own.get({size(loc, 'u[2]')} + 1); (void)D; (void)L;"]
-            for k in seg:
-                if self.does_units(k): out.append(f'    units{k}(T, u, d, S, V, parts + ui*{np_}, L, G);')
-                if ph.moves(k): out.append(f"    for (i64 c = u[3]; c < u[3] + u[4]; c++) {pass_call(k, 'c', 'D + (d[11] ? chunks[12*c+10] : 0)', 'L')}")
-                if self.sums[k]: out.append(f'    finish{k}(T, u, d, chunks, D, L, G);')
-            out.append('}')
-        out += [f'static void group(int threads, const i64* g, {args}) {{', '    const i64 t0 = g[0], c0 = g[1], nt = g[2] - t0, nc = g[3] - c0;', '    if (!nt) return;',
-                '    const i64 u0 = tensors[12*t0+9], *e = tensors + 12*(t0+nt-1), nu = e[9] + e[10] - u0;', '    const bool shared = threads > 1 && tensors[12*t0+11] && nt == 1; (void)shared;']
-        done = 0
-        def values_call(k):
-            return f'    each(nt > 256 ? threads : 1, nt, [=](i64 i) {{ const i64 t = t0 + i, *d = tensors + 12*t; values{k}(tables[d[0]] + d[1]*{self.ncol}, d, numbers + d[0]*{self.nsc}, values + t*{self.nv}, partial, parts); }});'
-        for i,seg in enumerate(self.segments):
-            while done <= seg[0]:
-                if ph.values(done): out.append(values_call(done))
-                done += 1
-            if not self.does(seg): continue
-            at = 'u0 + i' if i % 2 == 0 else 'u0 + nu - 1 - i'
-            out.append(f'    if (!shared) each(threads, nu, [=](i64 i) {{ segment{i}({at}, {names}); }});')
-            out.append('    else {')
-            head = f"const i64* u = units + 6*ui; {unit_head} double* D = sums; CT* L = local + u[5]; (void)D; (void)L;"
-            for k in seg:
-                if self.does_units(k): out.append(f'        each(threads, nu, [=](i64 i) {{ const i64 ui = u0 + i; {head} units{k}(T, u, d, S, V, parts + ui*{np_}, L, G); }});')
-                if ph.moves(k): out.append(f"        each(threads, nc, [=](i64 i) {{ const i64 c = c0 + i, ui = chunks[12*c+9]; {head} {pass_call(k, 'c', 'D + chunks[12*c+10]', 'L')} }});")
-                if self.sums[k]: out.append(f'        each(threads, nu, [=](i64 i) {{ const i64 ui = u0 + i; {head} finish{k}(T, u, d, chunks, D, L, G); }});')
-            out.append('    }')
-        for k in range(done, ph.n+1):
-            if ph.values(k): out.append(values_call(k))
-        out += ['}', f'extern "C" void run(int threads, i64 nsolo, const i64* solo, i64 nwide, const i64* wide, {args}) {{',
-                f'    each(threads, nsolo, [=](i64 i) {{ group(1, solo + 4*i, {names}); }});',
-                f'    for (i64 i = 0; i < nwide; i++) group(threads, wide + 4*i, {names});', '}']
-        return '\n'.join(out) + '\n'
+@patch
+def kept_values(self:_AxesEmitter, k, loops, where, early):
+    "Values that something outside their loop reads"
+    ops,res = self.tape.ops,set()
+    for o in self.stages:
+        if o != k: res |= self.unit_reads(o)
+        res |= self.pass_reads(o) | {ops[j][1] for j in self.unit_sums(o)}
+        res |= {r for i,r in self.ph.unit_stores[o] if o != k or i not in early}
+    for n,(_,js) in enumerate(loops): res |= {r for j in js for r in self.ph._used(j) if where.get(r, n) != n or _reduce(self.tape, j)}
+    return res
 
-    def does_units(self, k): return bool(self.ph.units[k] or self.ph.unit_stores[k] or (k < self.ph.n and self.ph.unit_sums(k)))
-    def does(self, seg): return any(self.does_units(k) or self.ph.moves(k) for k in seg)
-    def layout(self):
-        "What the launch has to make room for: values of a tensor, partial results of a chunk and of a unit, accumulators of a chunk, values of a unit, and of a tensor"
-        return AxesLayout(self.nv, self.nred, max(len(self.parts), 1), tuple(self.accs.values()), *(tuple(self.count[w+k] for k in ('ab','ac','a')) for w in 'LG'), self.ph.compute)
+# %% ../../nbs/engine/cpp_axes.ipynb #62610d59
+@patch
+def units(self:_AxesEmitter, k):
+    "Before pass `k`: values along axes of one unit, in loops over those of one kind; then stores, and sums to one value per tensor"
+    ph,tape,stores = self.ph,self.tape,self.ph.unit_stores[k]
+    loops,where = self.unit_loops(k)
+    early = self.early_stores(k, loops, where)
+    kept = self.kept_values(k, loops, where, early)
+    refs = self.unit_reads(k) | {r for _,r in stores}
+    lines = []
+    for n,(kind,js) in enumerate(loops): lines += self.loop(kind, js, [(i, r) for i,r in stores if early.get(i) == n], kept)
+    late = {}
+    for i,r in stores:
+        if i not in early: late.setdefault(self.slots[i].kind, []).append((i, r))
+    for kind,st in late.items(): lines += self.loop(kind, [], st, kept)
+    for j in self.unit_sums(k):
+        r = tape.ops[j][1]
+        text,ct = self.array(r)
+        lines += ['{', f'    double q = {_op(tape, j)}::start;', f'    const {ct}* s = {text};',
+                  f"    for (i64 i = 0; i < {_length(ph.kind(r))}; i++) {{ {self.one(j, 's[i]')} }}", f'    Q[{self.parts[j]}] = q;', '}']
+    names = _sizes | _ints(m0='u[1]', na='u[2]') | _constants(tape, ph, {r for r in refs if not ph.unit(r)})
+    params = 'const i64* T, const i64* u, const i64* d, const double* S, const double* V, double* Q, CT* L, CT* G'
+    return _function(f'static void units{k}', params, _declare(names, lines))
+
+@patch
+def one(self:_AxesEmitter, j, at):
+    "Statements that take the value `at` into reduction `j`, `q`"
+    return f"const double x = ld({at}); {_op(self.tape, j)}::add(q, double({OPS[self.tape.ops[j][0]].cpp.format('x')}));"
+
+# %% ../../nbs/engine/cpp_axes.ipynb #d879b00d
+@patch
+def loop(self:_AxesEmitter, kind, mine, stores, kept):
+    "A loop over the values of one kind: entries `mine`, stores, and what of it is `kept`"
+    ph,tape = self.ph,self.tape
+    local = [j for j in mine if _reduce(tape, j)]
+    plain = [j for j in mine if j not in local]
+    refs = sorted({r for j in plain for r in ph._used(j) if ph.unit(r) and r not in mine} | {r for _,r in stores if r not in mine})
+    lines = []
+    for r in dict.fromkeys([*refs, *(tape.ops[j][1] for j in local)]):
+        text,ct = self.array(r)
+        lines.append(f'const {ct}* g{_name(r)} = {text};')
+    lines += [f'CT* o{j} = {self.array(j)[0]};' for j in mine if j in kept or j in local]
+    for i,_ in stores:
+        text,ct = self.array(-i-1)
+        lines.append(f'{ct}* w{i} = {text};')
+    for j in local: lines += self.matrix_loop(j)
+    if plain or stores: lines += self.plain_loop(kind, plain, local, stores, refs, kept)
+    return ['{', *('    '+l for l in lines), '}']
+
+@patch
+def matrix_loop(self:_AxesEmitter, j):
+    "Reduce the values of rows or columns along the axis that is left: one value per matrix"
+    tape,r = self.tape,self.tape.ops[j][1]
+    n,g = ('B' if self.ph.kind(r) == 'ab' else 'C'),f'g{_name(r)}'
+    factor,x = _finish(tape, j, n)
+    simd = ['    SIMD_SUM(q)'] if _reduce(tape, j) == 'sum' else []
+    return [*factor, f'if ({n} == 3) for (i64 m = 0; m < na; m++) {{', f'    double q = {_op(tape, j)}::start;',
+            f"    for (int i = 0; i < 3; i++) {{ {self.one(j, f'{g}[m*3+i]')} }}", f'    o{j}[m] = {x};', '}',
+            'else for (i64 m = 0; m < na; m++) {', f'    double q = {_op(tape, j)}::start;', *simd,
+            f"    for (i64 i = 0; i < {n}; i++) {{ {self.one(j, f'{g}[m*{n}+i]')} }}", f'    o{j}[m] = {x};', '}']
+
+@patch
+def plain_loop(self:_AxesEmitter, kind, plain, local, stores, refs, kept):
+    "The entries `plain`, and stores; values of matrices that they read are spread over rows or columns, in blocks"
+    ph,tape = self.ph,self.tape
+    wide = [r for r in refs if ph.kind(r) != kind]
+    i = 'at+i' if wide else 'i'
+    body = [f"const CT {val(r)} = CT({'ld' if r < 0 else ''}(g{_name(r)}[{i}]));" for r in refs if r not in wide]
+    body += [f'const CT {val(r)} = e{_name(r)}[i];' for r in wide]
+    body += [f'const CT {val(j)} = o{j}[i];' for j in local if any(j in ph._used(x) for x in plain)]
+    body += [f"const CT t{j} = CT({_expr(tape, j, val, inverse=True)});" + (f' o{j}[{i}] = t{j};' if j in kept else '') for j in plain]
+    body += [f'st(w{s}[{i}], {val(r)});' for s,r in stores]
+    body = ['    '+l for l in body]
+    if not wide: return ['IVDEP', f'for (i64 i = 0; i < {_length(kind)}; i++) {{', *body, '}']
+    spread = []
+    for r in wide: spread += [f'CT e{_name(r)}[BLK];', f'fill_rows(e{_name(r)}, g{_name(r)} + k.r, k.nr, k.nc);']
+    lines = _declare(_ints(at='k.at', n='k.nr*k.nc'), [*spread, 'IVDEP', 'for (i64 i = 0; i < n; i++) {', *body, '}'])
+    return [f'for (Block k(1, na, {_kinds[kind]}); k.more(); k.next()) {{', *('    '+l for l in lines), '}']
+
+# %% ../../nbs/engine/cpp_axes.ipynb #c25c7a13
+_args = ('const i64* chunks, const i64* tensors, const i64* units, const i64* const* tables, const double* numbers, double* partial, '
+         'double* parts, double* values, double* sums, CT* local, CT* kept')
+
+@patch
+def does_units(self:_AxesEmitter, k): return bool(self.ph.units[k] or self.ph.unit_stores[k] or self.unit_sums(k))
+
+@patch
+def does(self:_AxesEmitter, seg): return any(self.does_units(k) or self.ph.moves(k) for k in seg)
+
+@patch
+def of_unit(self:_AxesEmitter):
+    "Declarations of what belongs to unit `ui`"
+    return dict(u='const i64* u = units + 6*ui;', d='const i64* d = tensors + 12*u[0];',
+        T=f'const i64* T = tables[d[0]] + d[1]*{self.ncol};', S=f'const double* S = numbers + d[0]*{self.nsc};',
+        V=f'const double* V = values + u[0]*{self.nv};', G='CT* G = kept + d[8];')
+
+@patch
+def calls(self:_AxesEmitter, k, D):
+    "Calls of stage `k`: units before the pass, the pass for chunk `c`, and the end of its sums along axes; '' for each that it lacks"
+    units = f'units{k}(T, u, d, S, V, parts + ui*{max(len(self.parts), 1)}, L, G);'
+    pass_ = f'pass{k}(T, chunks + 12*c, d, S, V, partial + c*{self.nred}, {D}, L, G);'
+    finish = f'finish{k}(T, u, d, chunks, D, L, G);'
+    return units if self.does_units(k) else '',pass_ if self.ph.moves(k) else '',finish if self.sums[k] else ''
+
+@patch
+def segment_function(self:_AxesEmitter, i):
+    "Segment `i` for one unit"
+    def room(counts): return ' + '.join(f'{counts[k]}*u[2]*{n}' for k,n in dict(ab='d[6]', ac='d[7]', a='1').items())
+    lines = []
+    for k in self.segments[i]:
+        units,pass_,finish = self.calls(k, 'D + (d[11] ? chunks[12*c+10] : 0)')
+        lines += filter(None, [units, pass_ and f'for (i64 c = u[3]; c < u[3] + u[4]; c++) {pass_}', finish])
+    names = self.of_unit() | dict(D=f'double* D = d[11] ? sums : own_sums.get({room(self.accs)} + 1);',
+        L=f"CT* L = d[11] ? local + u[5] : own.get({room({k:self.count['L'+k] for k in _kinds})} + 1);")
+    return _function(f'static void segment{i}', f'i64 ui, {_args}', _declare(names, lines))
+
+@patch
+def values_call(self:_AxesEmitter, k):
+    "The values of whole tensors before pass `k`"
+    return ['each(nt > 256 ? threads : 1, nt, [=](i64 i) {', '    const i64 t = t0 + i, *d = tensors + 12*t;',
+            f'    values{k}(tables[d[0]] + d[1]*{self.ncol}, d, numbers + d[0]*{self.nsc}, values + t*{self.nv}, partial, parts);', '});']
+
+@patch
+def segment_call(self:_AxesEmitter, i, names):
+    "Segment `i` for a group: a unit goes through the whole segment, or all threads share the one matrix and go through it together"
+    def parallel(n, at, call):
+        local = at | self.of_unit() | dict(D='double* D = sums;', L='CT* L = local + u[5];')
+        return [f'each(threads, {n}, [=](i64 i) {{', *('    '+l for l in _declare(local, [call])), '});']
+    of_unit,of_chunk = _ints(ui='u0 + i'),_ints(c='c0 + i', ui='chunks[12*c+9]')
+    at = 'u0 + i' if i % 2 == 0 else 'u0 + nu - 1 - i' # backwards: what is still in the cache comes first
+    lines = []
+    for k in self.segments[i]:
+        units,pass_,finish = self.calls(k, 'D + chunks[12*c+10]')
+        if units: lines += parallel('nu', of_unit, units)
+        if pass_: lines += parallel('nc', of_chunk, pass_)
+        if finish: lines += parallel('nu', of_unit, finish)
+    return [f'if (!shared) each(threads, nu, [=](i64 i) {{ segment{i}({at}, {names}); }});', 'else {', *('    '+l for l in lines), '}']
+
+@patch
+def group(self:_AxesEmitter, names):
+    "All segments for one group of tensors, and the values of whole tensors between them"
+    lines,done = [],0
+    for i,seg in enumerate(self.segments):
+        for k in range(done, seg[0]+1): lines += self.values_call(k) if self.ph.values(k) else []
+        done = max(done, seg[0]+1)
+        if self.does(seg): lines += self.segment_call(i, names)
+    for k in range(done, self.ph.n+1): lines += self.values_call(k) if self.ph.values(k) else []
+    local = _ints(t0='g[0]', c0='g[1]', nt='g[2] - t0', nc='g[3] - c0')
+    inner = _ints(u0='tensors[12*t0+9]') | dict(e='const i64* e = tensors + 12*(t0+nt-1);') | _ints(nu='e[9] + e[10] - u0')
+    inner['shared'] = 'const bool shared = threads > 1 && tensors[12*t0+11] && nt == 1;'
+    lines = _declare(local, ['if (!nt) return;', *_declare(inner, lines)])
+    return _function('static void group', f'int threads, const i64* g, {_args}', lines)
+
+@patch
+def text(self:_AxesEmitter):
+    "The whole source"
+    ph,out = self.ph,['#include "prelude.h"', f'typedef {_ctype[self.ph.compute]} CT;', '#include "axes.h"']
+    for k in self.stages:
+        if ph.values(k): out.append(_emit_values(self.tape, ph, k, self.nred, self.parts))
+        if self.does_units(k): out.append(self.units(k))
+        if ph.moves(k): out.append(self.pass_(k))
+        if self.sums[k]: out.append(self.finish(k))
+    out += ['static thread_local Buffer<double> own_sums;', 'static thread_local Buffer<CT> own;']
+    out += [self.segment_function(i) for i,seg in enumerate(self.segments) if self.does(seg)]
+    names = ', '.join(re.findall(r'(\w+)(?:,|$)', _args))
+    return '\n'.join([*out, self.group(names), _run_function(_args, names)]) + '\n'

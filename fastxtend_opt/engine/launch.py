@@ -16,8 +16,9 @@ __all__ = ['CHUNK_SIZE', 'SOLO_SIZE', 'SMALL_CHUNK', 'chunk_rows', 'KernelLaunch
 def chunk_rows(
     tables:list, # `AddressTable`s
     size:int # Elements of a chunk
-) -> tuple[np.ndarray, np.ndarray]: # A row a chunk (table, row in it, first element, elements, tensor), and one a tensor (table, row in it, first chunk, chunks, elements)
-    "Cut all tensors of all tables into chunks"
+) -> tuple[np.ndarray, np.ndarray]: # Rows of chunks and of tensors, 5 integers each
+    """Cut all tensors of all tables into chunks. A chunk: table, row in it, first element, elements, tensor. A tensor: table, row in it,
+    first chunk, chunks, elements"""
     chunks,tensors,nt,nc = [],[],0,0
     for i,t in enumerate(tables):
         numel = np.array([p.numel() for p in t.cohort.params], dtype=np.int64)
@@ -31,7 +32,8 @@ def chunk_rows(
 
 # %% ../../nbs/engine/launch.ipynb #93b074ab
 CHUNK_SIZE = 1<<14 # Elements of a chunk
-SOLO_SIZE = 1<<17 # Elements of a tensor that one thread takes through all phases of a kernel, or more if there are enough such tensors for all threads
+# Most elements of a tensor that one thread takes through all phases of a kernel; more if there are enough such tensors for all threads
+SOLO_SIZE = 1<<17
 
 class KernelLaunch:
     "One call of a C++ kernel for several cohorts that run the same tape"
@@ -45,9 +47,9 @@ class KernelLaunch:
         self.scratch,self.groups = {},{}
 
     def _groups(self, threads):
-        "Solo groups, the biggest first, and wide groups for so many threads; a kernel of one phase (0 threads) has no need of any, and takes all as one wide group"
-        first = np.append(np.cumsum(self.tensors[:,3])-self.tensors[:,3], len(self.chunks))
+        "Solo groups, the biggest first, and wide groups; with 0 threads, for a kernel of one phase, all tensors are one wide group"
         if not threads: return np.zeros((0,4), np.int64),np.array([[0, 0, len(self.tensors), len(self.chunks)]])
+        first = np.append(np.cumsum(self.tensors[:,3])-self.tensors[:,3], len(self.chunks))
         solo,wide,start,size = [],[],0,0
         most = max(SOLO_SIZE, self.elements//(4*threads))
         for i,n in enumerate(self.tensors[:,4].tolist()):
@@ -57,83 +59,115 @@ class KernelLaunch:
             if n > most: wide.append((i, i+1)); start = i+1
             else: size += n
         if start < len(self.tensors): solo.append((start, len(self.tensors)))
-        solo.sort(key=lambda o: first[o[0]] - first[o[1]])
-        return tuple(np.array([(a, first[a], b, first[b]) for a,b in o], np.int64).reshape(-1,4) for o in (solo, wide))
+        solo.sort(key=lambda group: first[group[0]] - first[group[1]])
+        return tuple(np.array([(a, first[a], b, first[b]) for a,b in groups], np.int64).reshape(-1,4) for groups in (solo, wide))
+
+    def _group_args(self, threads):
+        "Numbers and addresses of the groups for so many threads"
+        if threads not in self.groups:
+            both = self._groups(threads)
+            self.groups[threads] = both,[x for a in both for x in (len(a), a.ctypes.data)]
+        return self.groups[threads][1]
+
+    def _step_args(self, tapes):
+        "Take this step's addresses of the tables; the numbers of the tapes"
+        for i,t in enumerate(self.tables): self.addresses[i] = t.where[0]
+        return np.array([t.scalars or [0.] for t in tapes], dtype=np.float64)
+
+    def _scratch(self, nred):
+        "Addresses of partial results of the chunks and values of the tensors, for a tape with so many reductions"
+        if (s := self.scratch.get(nred)) is None:
+            both = np.zeros(max(nred*len(self.chunks), 1)),np.zeros(max(nred*len(self.tensors), 1))
+            s = self.scratch[nred] = both,[a.ctypes.data for a in both]
+        return s[1]
 
     def __call__(self,
         kernel, # Result of `cpp_kernel`
-        tapes:list # A tape a cohort, all with the kernel's key
+        tapes:list # One tape per cohort, all with the kernel's key
     ):
         "Run `kernel`; the tables must have been refreshed for this step"
-        nred = tapes[0].known()[0]
-        if (s := self.scratch.get(nred)) is None:
-            both = np.zeros(max(nred*len(self.chunks), 1)),np.zeros(max(nred*len(self.tensors), 1))
-            s = self.scratch[nred] = both,*(a.ctypes.data for a in both)
-        numbers = np.array([t.scalars or [0.] for t in tapes], dtype=np.float64)
-        for i,t in enumerate(self.tables): self.addresses[i] = t.where[0]
-        threads = kernel_threads(self.elements)
-        if (key := threads*(nred > 0)) not in self.groups:
-            both = self._groups(key)
-            self.groups[key] = both,[x for a in both for x in (len(a), a.ctypes.data)]
-        kernel(threads, *self.groups[key][1], *self.where, numbers.ctypes.data, s[1], s[2])
+        nred,numbers,threads = tapes[0].known()[0],self._step_args(tapes),kernel_threads(self.elements)
+        kernel(threads, *self._group_args(threads*(nred > 0)), *self.where, numbers.ctypes.data, *self._scratch(nred))
 
 # %% ../../nbs/engine/launch.ipynb #83c1614c
-SMALL_CHUNK = 1<<12 # Elements of a chunk of tiny matrices: what belongs to it has to fit the fastest cache
+SMALL_CHUNK = 1<<12 # Elements of a chunk of tiny matrices: everything that belongs to it has to fit into the fastest cache
 
+def _room(counts, a, b, c):
+    "Values along axes of `a` matrices of `b` rows of `c` elements; `counts`: how many per row, column and matrix"
+    return counts[0]*a*b + counts[1]*a*c + counts[2]*a
+
+class _AxesRows:
+    "Collects the rows of chunks, tensors and units, and the lengths of accumulators, of local values and of kept ones"
+    def __init__(self, layout): self.layout,self.chunks,self.tensors,self.units,self.ends = layout,[],[],[],[0,0,0]
+
+    def add(self, table, row, A, B, C):
+        "Cut a tensor of `A` matrices of `B` rows of `C` elements"
+        c0,u0,spans = len(self.chunks),len(self.units),B*C > CHUNK_SIZE or not A*B*C
+        if not A*B*C: self._unit(0, A, B, C, 0)
+        elif spans: self._big(table, row, A, B, C)
+        else: self._small(table, row, A, B, C)
+        counts = len(self.chunks)-c0,A*B*C,A,B,C,self.ends[2],u0,len(self.units)-u0,spans
+        self.tensors.append((table, row, c0, *counts))
+        self.ends[2] += _room(self.layout.kept, A, B, C)
+
+    def _unit(self, first, n, B, C, chunks):
+        "A unit of `n` matrices, which keeps its local values between passes"
+        self.units.append((len(self.tensors), first, n, len(self.chunks), chunks, self.ends[1]))
+        self.ends[1] += _room(self.layout.local, n, B, C)
+
+    def _small(self, table, row, A, B, C):
+        "Chunks of whole matrices, each a unit"
+        size = SMALL_CHUNK if C < 16 and B*C <= 1024 else CHUNK_SIZE
+        m = max(1, size//(B*C))
+        for a in range(0, A, m):
+            n = min(m, A-a)
+            self.units.append((len(self.tensors), a, n, len(self.chunks), 1, 0))
+            self.chunks.append((table, row, a*B*C, n*B*C, len(self.tensors), a, n, 0, B, len(self.units)-1, 0, n))
+
+    def _big(self, table, row, A, B, C):
+        "Chunks of whole rows of one matrix, which is a unit"
+        rows = max(1, CHUNK_SIZE//C, min(64, -(-B//16)) if self.layout.sums[1] else 0)
+        for a in range(A):
+            self._unit(a, 1, B, C, -(-B//rows))
+            for r in range(0, B, rows):
+                n = min(rows, B-r)
+                self.chunks.append((table, row, a*B*C+r*C, n*C, len(self.tensors), a, 1, r, n, len(self.units)-1, self.ends[0], 1))
+                self.ends[0] += _room(self.layout.sums, 1, n, C)
+
+# %% ../../nbs/engine/launch.ipynb #788ba893
 def axes_rows(
     tables:list, # `AddressTable`s
-    groups:list, # Axes that make up A, B and C, for each table
+    groups:list, # For each table, the axes that make up A, B and C
     layout # `AxesLayout` of the kernel
 ) -> tuple: # Rows of chunks, tensors and units, and the lengths of the accumulators, of local values, and of kept ones
     "Cut all tensors of all tables into chunks of whole rows"
-    chunks,tensors,units,ends = [],[],[],[0,0,0]
-    def room(n, a, b, c): return n[0]*a*b + n[1]*a*c + n[2]*a
+    res = _AxesRows(layout)
     for i,(t,g) in enumerate(zip(tables, groups)):
-        for j,p in enumerate(t.cohort.params):
-            A,B,C = (math.prod(p.shape[o] for o in x) for x in g)
-            M,c0,u0 = B*C,len(chunks),len(units)
-            spans = M > CHUNK_SIZE or not A*M
-            if not A*M: units.append((len(tensors), 0, A, c0, 0, ends[1])); ends[1] += room(layout.local, A, B, C)
-            elif not spans:
-                m = max(1, (SMALL_CHUNK if C < 16 and M <= 1024 else CHUNK_SIZE)//M)
-                for a in range(0, A, m):
-                    n = min(m, A-a)
-                    units.append((len(tensors), a, n, len(chunks), 1, 0))
-                    chunks.append((i, j, a*M, n*M, len(tensors), a, n, 0, B, len(units)-1, 0, n))
-            else:
-                rows = max(1, CHUNK_SIZE//C, min(64, -(-B//16)) if layout.sums[1] else 0)
-                for a in range(A):
-                    units.append((len(tensors), a, 1, len(chunks), -(-B//rows), ends[1])); ends[1] += room(layout.local, 1, B, C)
-                    for r in range(0, B, rows):
-                        n = min(rows, B-r)
-                        chunks.append((i, j, a*M+r*C, n*C, len(tensors), a, 1, r, n, len(units)-1, ends[0], 1)); ends[0] += room(layout.sums, 1, n, C)
-            tensors.append((i, j, c0, len(chunks)-c0, A*M, A, B, C, ends[2], u0, len(units)-u0, spans)); ends[2] += room(layout.kept, A, B, C)
-    return tuple(np.array(x, np.int64).reshape(-1, n) for x,n in ((chunks,12), (tensors,12), (units,6))),ends
+        for j,p in enumerate(t.cohort.params): res.add(i, j, *(math.prod(p.shape[o] for o in axes) for axes in g))
+    rows = (res.chunks, 12), (res.tensors, 12), (res.units, 6)
+    return tuple(np.array(x, np.int64).reshape(-1, n) for x,n in rows),res.ends
 
+# %% ../../nbs/engine/launch.ipynb #f9cb73d7
 class AxesLaunch(KernelLaunch):
     "One call of a C++ kernel that reduces along axes"
     def __init__(self,
         tables:list, # `AddressTable`s of the cohorts
-        groups:list, # Axes that make up A, B and C, for each table
+        groups:list, # For each table, the axes that make up A, B and C
         layout # `AxesLayout` of the kernel
     ):
-        (self.chunks,self.tensors,self.units),ends = axes_rows(tables, groups, layout)
+        (self.chunks,self.tensors,self.units),(sums,local,kept) = axes_rows(tables, groups, layout)
         self.tables,self.elements,self.groups = tables,int(self.tensors[:,4].sum()),{}
         self.addresses = np.zeros(len(tables), dtype=np.int64)
         f = np.float64 if layout.compute is torch.float64 else np.float32
-        sizes = (layout.partial*len(self.chunks), np.float64),(layout.parts*len(self.units), np.float64),(layout.values*len(self.tensors), np.float64),(ends[0], np.float64),(ends[1], f),(ends[2], f)
+        counts = layout.partial*len(self.chunks),layout.parts*len(self.units),layout.values*len(self.tensors)
+        sizes = *((n, np.float64) for n in (*counts, sums)),(local, f),(kept, f)
         self.scratch = [np.zeros(max(n, 1), dt) for n,dt in sizes]
         self.where = [a.ctypes.data for a in (self.chunks, self.tensors, self.units, self.addresses)],[a.ctypes.data for a in self.scratch]
 
     def __call__(self,
         kernel, # Result of `cpp_kernel`, an `AxesKernel`
-        tapes:list # A tape a cohort, all with the kernel's key
+        tapes:list # One tape per cohort, all with the kernel's key
     ):
         "Run `kernel`; the tables must have been refreshed for this step"
-        numbers = np.array([t.scalars or [0.] for t in tapes], dtype=np.float64)
-        for i,t in enumerate(self.tables): self.addresses[i] = t.where[0]
-        threads = kernel_threads(self.elements)
-        if threads not in self.groups:
-            both = self._groups(threads)
-            self.groups[threads] = both,[x for a in both for x in (len(a), a.ctypes.data)]
-        kernel.run(threads, *self.groups[threads][1], *self.where[0], numbers.ctypes.data, *self.where[1])
+        numbers,threads = self._step_args(tapes),kernel_threads(self.elements)
+        kernel.run(threads, *self._group_args(threads), *self.where[0], numbers.ctypes.data, *self.where[1])

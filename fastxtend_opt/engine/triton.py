@@ -6,12 +6,13 @@
 from __future__ import annotations
 import hashlib, importlib.util, os, sys, tempfile, threading
 from collections import namedtuple
+from fastcore.basics import patch
 import torch
 from .ops import OPS
 from .kinds import SCALAR_REF
 from .tape import Tape
 from .phases import TapePhases, value_name as _val
-from .build import cache_folder
+from .build import _write_error, cache_folder
 
 # %% auto #0
 __all__ = ['TritonKernel', 'emit_triton', 'require_triton', 'triton_interpreted', 'triton_kernel']
@@ -67,17 +68,17 @@ def nan_max(q):
     n = tl.sum((q != q).to(tl.int32), 0)
     return tl.where(n > 0, float('nan'), tl.max(q, 0))
 '''
-_library = '\n'.join(f'    @triton.jit\n    def {n}({a}): return libdevice.{f}({a})' for n,f,a in (
-    *((n, n, 'x') for n in 'exp expm1 log log1p log2 tanh sin cos rint trunc'.split()), ('pow','pow','x, y'), ('copysign','copysign','x, y')))
-_exact = {torch.float32:'''@inner
-def div(x, y): return tl.div_rn(x, y)
 
-@inner
-def sqrt(x): return tl.sqrt_rn(x)''', torch.float64:'''@inner
-def div(x, y): return x / y
+# %% ../../nbs/engine/triton.ipynb #97353ff3
+def _library():
+    "Functions of the device's mathematical library"
+    names = [(n, 'x') for n in 'exp expm1 log log1p log2 tanh sin cos rint trunc'.split()] + [('pow', 'x, y'), ('copysign', 'x, y')]
+    return '\n'.join(f'    @triton.jit\n    def {n}({a}): return libdevice.{n}({a})' for n,a in names)
 
-@inner
-def sqrt(x): return tl.sqrt(x)'''}
+def _exact(dtype):
+    "Correctly rounded division and square root"
+    div,sqrt = ('tl.div_rn(x, y)', 'tl.sqrt_rn(x)') if dtype is torch.float32 else ('x / y', 'tl.sqrt(x)')
+    return f'@inner\ndef div(x, y): return {div}\n\n@inner\ndef sqrt(x): return {sqrt}'
 
 _pointer = {torch.float32:'tl.float32', torch.float64:'tl.float64', torch.float16:'tl.float16', torch.bfloat16:'tl.uint16'}
 
@@ -87,29 +88,33 @@ class _Emitter:
     def __init__(self, tape):
         self.tape,self.ph = tape,TapePhases(tape)
         self.ct = _pointer[self.ph.compute]
-        self.ncol,self.nsc,self.nv,self.nred = len(tape.slots),max(len(tape.scalars), 1),max(len(self.ph.places), 1),max(len(self.ph.partials), 1)
+        self.ncol,self.nsc,self.nv,self.nred = (max(len(x), 1) for x in (tape.slots, tape.scalars, self.ph.places, self.ph.partials))
         for o in tape.ops:
-            if not OPS[o[0]].triton: tape.refuse(o[0], "has no Triton text, which a fused step on a GPU needs (`add_op(..., triton=...)`; foreach=True needs none)")
+            if not OPS[o[0]].triton:
+                tape.refuse(o[0], "has no Triton text, which a fused step on a GPU needs (`add_op(..., triton=...)`; "
+                            "foreach=True needs none)")
 
     def load(self, i, where, mask=''):
         "The value of slot `i` at pointer `where`, in the compute type"
-        if self.tape.slots[i].dtype is torch.bfloat16: r = f'(tl.load({where}{mask}).to(tl.uint32) << 16).to(tl.float32, bitcast=True)'
-        else: r = f'tl.load({where}{mask})'
+        bits = self.tape.slots[i].dtype is torch.bfloat16
+        r = f'(tl.load({where}{mask}).to(tl.uint32) << 16).to(tl.float32, bitcast=True)' if bits else f'tl.load({where}{mask})'
         return f'{r}.to({self.ct})'
 
     def store(self, i, where, r, mask=''):
+        "Store value `r` in slot `i` at pointer `where`"
         d,v = self.tape.slots[i].dtype,f'({_val(r)}).to({self.ct})'
         return f'tl.store({where}, bf16_bits({v}){mask})' if d is torch.bfloat16 else f'tl.store({where}, {v}.to({_pointer[d]}){mask})'
 
     def pointer(self, i, offset=''): return f'(tl.load(T + {i}){offset}).to(tl.pointer_type({_pointer[self.tape.slots[i].dtype]}))'
 
     def mask(self, r): return 0 <= r < SCALAR_REF and self.tape.types[r][1] is torch.bool
+
     def expr(self, j):
         "Entry `j` as an expression; masks in arithmetic are 0 and 1"
         name,*args = self.tape.ops[j]
-        raw = name.startswith('logical') or name == 'where'
-        texts = [f'{_val(r)}.to({self.ct})' if self.mask(r) and not (raw and (n == 0 or name != 'where')) else _val(r) for n,r in enumerate(args)]
-        return OPS[name].triton.format(*texts)
+        def number(n, r): return self.mask(r) and not name.startswith('logical') and not (name == 'where' and n == 0)
+        return OPS[name].triton.format(*(f'{_val(r)}.to({self.ct})' if number(n, r) else _val(r) for n,r in enumerate(args)))
+
     def entry(self, j): return f't{j} = ({self.expr(j)})' + ('' if self.mask(j) else f'.to({self.ct})')
 
     def values_in(self, refs):
@@ -123,77 +128,108 @@ class _Emitter:
                 else: res.append(f'{_val(r)} = tl.load(V + {self.ph.places[r]})')
         return res
 
-    def sum_(self, j): return OPS[self.tape.ops[j][0]].reduce == 'sum'
-    def nothing(self, j): return '0.0' if self.sum_(j) else "float('-inf')"
-    def empty(self, j): return f'q{j} = tl.full([BLOCK], {self.nothing(j)}, {self.ct})'
-    def whole(self, j): return f'tl.sum(q{j}, 0)' if self.sum_(j) else f'nan_max(q{j})'
-    def gather(self, j, y): return [f'y = {y}', f'q{j} = ' + (f'q{j} + y' if self.sum_(j) else f'tl.where((y > q{j}) | (y != y), y, q{j})')]
+    def rows(self):
+        "Lines that find the tensor's rows in the tables"
+        return [f'T = addresses + t*{self.ncol}', f'S = numbers + tl.load(d)*{self.nsc}', f'V = values + t*{self.nv}']
 
     def amp(self, line):
         "What `torch.amp.GradScaler` wants of a step: gradients unscaled, and nothing changed if one of them has overflowed"
-        return ['if SCALED:', f'    scale = div(1.0, tl.load(grad_scale)).to({self.ct})', '    overflow = tl.load(found_inf) != 0', f'    {line}']
+        scale = f'    scale = div(1.0, tl.load(grad_scale)).to({self.ct})'
+        return ['if SCALED:', scale, '    overflow = tl.load(found_inf) != 0', f'    {line}']
 
-    def block(self, k):
-        "One block of a chunk in pass `k`; whole blocks need no mask, without which loads and stores are vectors"
-        ph = self.ph
-        js,loads = ph.work[k]
-        stored,sums = ph.stored(k),ph.sums(k)
-        slots = sorted({i for i,_ in loads.values()} | set(stored))
-        args = ['off', 'n', 'start', 'scale', *(f'a{i}' for i in slots), *(_val(r) for r in sorted(ph.reads(k)) if r >= SCALAR_REF or ph.kind(r) == 's'), *(f'q{j}' for j in sums)]
-        lines = ['i = off + tl.arange(0, BLOCK)', 'm = i < n if MASKED else None']
-        for r,(i,new) in sorted(loads.items()):
-            lines.append(f'{_val(r)} = ' + self.load(i, f'a{i} + i', ', mask=m'))
-            if r == -2 and not new: lines.append(f'if SCALED: {_val(r)} = {_val(r)}*scale') # the gradient as it came
-        if any(self.tape.ops[j][0] == 'sround_bfloat16' for j in js): lines.append('idx = start + i')
-        lines += [self.entry(j) for j in js]
+# %% ../../nbs/engine/triton.ipynb #4577c55f
+@patch
+def sum_(self:_Emitter, j): return OPS[self.tape.ops[j][0]].reduce == 'sum'
+
+@patch
+def nothing(self:_Emitter, j): return '0.0' if self.sum_(j) else "float('-inf')"
+
+@patch
+def empty(self:_Emitter, j): return f'q{j} = tl.full([BLOCK], {self.nothing(j)}, {self.ct})'
+
+@patch
+def whole(self:_Emitter, j): return f'tl.sum(q{j}, 0)' if self.sum_(j) else f'nan_max(q{j})'
+
+@patch
+def gather(self:_Emitter, j, y):
+    return [f'y = {y}', f'q{j} = ' + (f'q{j} + y' if self.sum_(j) else f'tl.where((y > q{j}) | (y != y), y, q{j})')]
+
+# %% ../../nbs/engine/triton.ipynb #c4c6e010
+@patch
+def block(self:_Emitter, k):
+    "One block of a chunk in pass `k`: the slots that it uses, its arguments, its text"
+    ph = self.ph
+    js,loads = ph.work[k]
+    stored,sums = ph.stored(k),ph.sums(k)
+    slots = sorted({i for i,_ in loads.values()} | set(stored))
+    constants = [_val(r) for r in sorted(ph.reads(k)) if r >= SCALAR_REF or ph.kind(r) == 's']
+    args = ['off', 'n', 'start', 'scale', *(f'a{i}' for i in slots), *constants, *(f'q{j}' for j in sums)]
+    lines = ['i = off + tl.arange(0, BLOCK)', 'm = i < n if MASKED else None']
+    for r,(i,new) in sorted(loads.items()):
+        lines.append(f'{_val(r)} = ' + self.load(i, f'a{i} + i', ', mask=m'))
+        if r == -2 and not new: lines.append(f'if SCALED: {_val(r)} = {_val(r)}*scale') # the gradient as it came
+    if any(self.tape.ops[j][0] == 'sround_bfloat16' for j in js): lines.append('idx = start + i')
+    lines += [self.entry(j) for j in js]
+    for j in sums: lines += self.gather(j, f'tl.where(m, {self.expr(j)}, {self.nothing(j)}) if MASKED else {self.expr(j)}')
+    lines += [self.store(i, f'a{i} + i', r, ', mask=m') for i,r in stored.items()]
+    if sums: lines.append('return ' + ', '.join(f'q{j}' for j in sums))
+    head = f"@inner\ndef block{k}({', '.join(args)}, BLOCK: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr):"
+    return slots,args,'\n    '.join([head, *lines])
+
+@patch
+def pass_(self:_Emitter, k):
+    "Pass `k`: one program per chunk; every second pass goes backwards, as what was touched last may still be in the cache"
+    ph,sums = self.ph,self.ph.sums(k)
+    slots,args,block = self.block(k)
+    lines = ['c = ' + ('tl.program_id(0)' if k % 2 == 0 else 'tl.num_programs(0) - 1 - tl.program_id(0)'), 'd = chunks + 5*c']
+    lines += ['start = tl.load(d + 2)', 'n = tl.load(d + 3).to(tl.int32)', 't = tl.load(d + 4)', 'scale = 1.0']
+    lines += self.amp('n = tl.where(overflow, 0, n)') + self.rows()
+    for i in slots:
+        at = self.pointer(i, f' + start*{self.tape.slots[i].dtype.itemsize}')
+        lines += [f'a{i} = {at}', f'if ALIGNED: a{i} = tl.multiple_of(a{i}, 16)']
+    lines += self.values_in(ph.reads(k)) + [self.empty(j) for j in sums]
+    call = ', '.join(f'q{j}' for j in sums) + (' = ' if sums else '')
+    call += f"block{k}(%s, {', '.join(args[1:])}, BLOCK=BLOCK, MASKED=%s, SCALED=SCALED)"
+    lines += ['full = n - n % BLOCK', 'for off in range(0, full, BLOCK):', '    ' + call % ('off', 'False')]
+    lines += ['if full < n:', '    ' + call % ('full', 'True')]
+    lines += [f'tl.store(partial + c*{self.nred} + {ph.partials[j]}, {self.whole(j)})' for j in sums]
+    params = 'chunks, addresses, numbers, values, partial, grad_scale, found_inf'
+    head = f'\n\n@triton.jit\ndef pass{k}({params}, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr):'
+    return block + '\n    '.join([head, *lines])
+
+# %% ../../nbs/engine/triton.ipynb #4f5a2c68
+@patch
+def values(self:_Emitter, k):
+    "The values before pass `k`: one program per tensor"
+    ph = self.ph
+    lines = ['t = tl.program_id(0).to(tl.int64)', 'd = tensors + 5*t', 'first = tl.load(d + 2)', 'count = tl.load(d + 3).to(tl.int32)']
+    lines += [f'numel = tl.load(d + 4).to({self.ct})', *self.rows()]
+    lines += self.values_in(r for r in ph.value_reads(k) if r not in ph.scalars[k])
+    if sums := [j for j in ph.scalars[k] if ph.reduces(j)]:
+        lines += [self.empty(j) for j in sums]
+        lines += ['for off in range(0, count, BLOCK):', '    i = off + tl.arange(0, BLOCK)', '    m = i < count']
         for j in sums:
-            lines += self.gather(j, f'tl.where(m, {self.expr(j)}, {self.nothing(j)}) if MASKED else {self.expr(j)}')
-        lines += [self.store(i, f'a{i} + i', r, ', mask=m') for i,r in stored.items()]
-        if sums: lines.append('return ' + ', '.join(f'q{j}' for j in sums))
-        return slots,args,f"@inner\ndef block{k}({', '.join(args)}, BLOCK: tl.constexpr, MASKED: tl.constexpr, SCALED: tl.constexpr):\n    " + '\n    '.join(lines)
+            y = f'tl.load(partial + (first + i)*{self.nred} + {ph.partials[j]}, mask=m, other={self.nothing(j)})'
+            lines += ['    '+l for l in self.gather(j, y)]
+    for j in ph.scalars[k]:
+        op = OPS[self.tape.ops[j][0]]
+        finish = op.triton_finish or op.finish
+        if ph.reduces(j): lines += [f'q{j} = {self.whole(j)}', f't{j} = ' + finish.format(f'q{j}', n='numel')]
+        elif op.reduce: lines += [f'q{j} = {self.expr(j)}', f't{j} = ' + finish.format(f'q{j}', n='1.0')] # of one value
+        else: lines.append(self.entry(j))
+        lines.append(f'tl.store(V + {ph.places[j]}, t{j}.to({self.ct}))')
+    if ph.scalar_stores[k]: lines += ['keep = True', *self.amp('keep = overflow == 0')]
+    lines += [self.store(i, self.pointer(i), r, ', mask=keep') for i,r in ph.scalar_stores[k]]
+    params = 'tensors, addresses, numbers, values, partial, grad_scale, found_inf'
+    return '\n    '.join([f'@triton.jit\ndef values{k}({params}, BLOCK: tl.constexpr, SCALED: tl.constexpr):', *lines])
 
-    def pass_(self, k):
-        "Pass `k`: a program a chunk; every second pass goes backwards, as what was touched last may still be in the cache"
-        ph,sums = self.ph,self.ph.sums(k)
-        slots,args,block = self.block(k)
-        lines = ['c = ' + ('tl.program_id(0)' if k % 2 == 0 else 'tl.num_programs(0) - 1 - tl.program_id(0)'), 'd = chunks + 5*c',
-                 'start = tl.load(d + 2)', 'n = tl.load(d + 3).to(tl.int32)', 't = tl.load(d + 4)', 'scale = 1.0', *self.amp('n = tl.where(overflow, 0, n)'),
-                 f'T = addresses + t*{self.ncol}', f'S = numbers + tl.load(d)*{self.nsc}', f'V = values + t*{self.nv}']
-        for i in slots:
-            lines += [f'a{i} = ' + self.pointer(i, f' + start*{self.tape.slots[i].dtype.itemsize}'), f'if ALIGNED: a{i} = tl.multiple_of(a{i}, 16)']
-        lines += self.values_in(ph.reads(k)) + [self.empty(j) for j in sums]
-        call = ', '.join(f'q{j}' for j in sums) + (' = ' if sums else '') + f"block{k}(%s, {', '.join(args[1:])}, BLOCK=BLOCK, MASKED=%s, SCALED=SCALED)"
-        lines += ['full = n - n % BLOCK', 'for off in range(0, full, BLOCK):', '    ' + call % ('off', 'False'), 'if full < n:', '    ' + call % ('full', 'True')]
-        lines += [f'tl.store(partial + c*{self.nred} + {ph.partials[j]}, {self.whole(j)})' for j in sums]
-        return block + f'\n\n@triton.jit\ndef pass{k}(chunks, addresses, numbers, values, partial, grad_scale, found_inf, BLOCK: tl.constexpr, ALIGNED: tl.constexpr, SCALED: tl.constexpr):\n    ' + '\n    '.join(lines)
-
-    def values(self, k):
-        "The values before pass `k`: a program a tensor"
-        ph = self.ph
-        lines = ['t = tl.program_id(0).to(tl.int64)', 'd = tensors + 5*t', 'first = tl.load(d + 2)', 'count = tl.load(d + 3).to(tl.int32)', f'numel = tl.load(d + 4).to({self.ct})',
-                 f'T = addresses + t*{self.ncol}', f'S = numbers + tl.load(d)*{self.nsc}', f'V = values + t*{self.nv}']
-        lines += self.values_in(r for r in ph.value_reads(k) if r not in ph.scalars[k])
-        sums = [j for j in ph.scalars[k] if ph.reduces(j)]
-        if sums:
-            lines += [self.empty(j) for j in sums] + ['for off in range(0, count, BLOCK):', '    i = off + tl.arange(0, BLOCK)', '    m = i < count']
-            for j in sums:
-                lines += ['    '+l for l in self.gather(j, f'tl.load(partial + (first + i)*{self.nred} + {ph.partials[j]}, mask=m, other={self.nothing(j)})')]
-        for j in ph.scalars[k]:
-            o = OPS[self.tape.ops[j][0]]
-            finish = o.triton_finish or o.finish
-            if ph.reduces(j): lines += [f'q{j} = {self.whole(j)}', f't{j} = ' + finish.format(f'q{j}', n='numel')]
-            elif o.reduce: lines += [f'q{j} = {self.expr(j)}', f't{j} = ' + finish.format(f'q{j}', n='1.0')] # of one value
-            else: lines.append(self.entry(j))
-            lines.append(f'tl.store(V + {ph.places[j]}, t{j}.to({self.ct}))')
-        if ph.scalar_stores[k]: lines += ['keep = True', *self.amp('keep = overflow == 0')] + [self.store(i, self.pointer(i), r, ', mask=keep') for i,r in ph.scalar_stores[k]]
-        return f'@triton.jit\ndef values{k}(tensors, addresses, numbers, values, partial, grad_scale, found_inf, BLOCK: tl.constexpr, SCALED: tl.constexpr):\n    ' + '\n    '.join(lines)
-
+# %% ../../nbs/engine/triton.ipynb #f359d2e5
 def emit_triton(
     tape:Tape # What to do
-) -> str: # A Python module with functions `values0`, `pass0`, `values1`, ..., as far as there is something to do
+) -> str: # A Python module with the functions `values0`, `pass0`, `values1`, ..., as far as there is something to do
     "`tape` as Triton kernels; `UnsupportedError` if an operation has no Triton text"
     e = _Emitter(tape)
-    out = [_prelude%(_library, _exact[e.ph.compute])]
+    out = [_prelude%(_library(), _exact(e.ph.compute))]
     for k in range(e.ph.n+1):
         if e.ph.values(k): out.append(e.values(k))
         if e.ph.moves(k): out.append(e.pass_(k))
@@ -201,37 +237,49 @@ def emit_triton(
 
 # %% ../../nbs/engine/triton.ipynb #d418b580
 def require_triton():
-    "The module `triton`; `RuntimeError` that says what to do if it isn't there"
+    "The module `triton`; `RuntimeError` that says what to do if it is not installed"
     try: import triton
     except ImportError as e:
-        raise RuntimeError("fused=True makes its GPU kernels with Triton, which is not installed (it comes with torch's CUDA packages for Linux). "
-            "Install it (`pip install triton`; on Windows `pip install triton-windows`), or use foreach=True, which needs none. No parameter was changed.") from e
+        raise RuntimeError("fused=True makes its GPU kernels with Triton, which is not installed (it comes with torch's CUDA packages for "
+            "Linux). Install it (`pip install triton`; on Windows `pip install triton-windows`), or use foreach=True, which needs none. "
+            "No parameter was changed.") from e
     return triton
 
 def triton_interpreted() -> bool: # Would Triton's interpreter run a new kernel?
-    "Is `TRITON_INTERPRET=1` set? `RuntimeError` if it came or went after Triton was imported, whose own functions are then of the other kind"
+    "Is `TRITON_INTERPRET=1` set? `RuntimeError` if it was changed after Triton, whose own functions depend on it, was imported"
     triton = require_triton()
     now,then = bool(triton.knobs.runtime.interpret),not isinstance(triton.language.zeros, triton.runtime.JITFunction)
-    if now != then: raise RuntimeError(f"TRITON_INTERPRET {'was set' if now else 'was taken away'} after Triton had been imported: set it before the process starts. No parameter was changed.")
+    if now != then:
+        raise RuntimeError(f"TRITON_INTERPRET {'was set' if now else 'was taken away'} after Triton had been imported: set it before the "
+            "process starts. No parameter was changed.")
     return now
+
+# %% ../../nbs/engine/triton.ipynb #842c191f
+def _write_module(text, path):
+    "Write `text` to `path`, whole or not at all, whoever else is writing it"
+    try:
+        fd,tmp = tempfile.mkstemp(prefix='.build-', suffix='.py', dir=path.parent)
+        with os.fdopen(fd, 'w') as f: f.write(text)
+        os.replace(tmp, path)
+    except OSError as e: raise _write_error(path.parent, e.strerror) from e
 
 def _import_text(text, mode):
     "The module of `text`, from a file that holds just that"
     name = f'fastxtend_opt_triton_{hashlib.sha256(text.encode()).hexdigest()[:32]}'
     path = cache_folder()/f'{name}.py'
-    if not path.exists() or path.read_text() != text:
-        fd,tmp = tempfile.mkstemp(prefix='.build-', suffix='.py', dir=path.parent)
-        with os.fdopen(fd, 'w') as f: f.write(text)
-        os.replace(tmp, path) # whole or not at all, whoever else is writing it
+    if not path.exists() or path.read_text() != text: _write_module(text, path)
     spec = importlib.util.spec_from_file_location(f'{name}_{mode}', path)
     mod = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = mod # Triton looks names up here
     spec.loader.exec_module(mod)
     return mod
 
-TritonKernel = namedtuple('TritonKernel', 'compute stages ready') # dtype of the arithmetic; (kind, function) pairs in the order in which they run; what it has been compiled for
-TritonKernel.__doc__ = "`compute`: dtype of the arithmetic. `stages`: (kind, function) pairs in the order in which they run: 'values' a program a tensor, 'pass' a program a chunk. `ready`: what it has been compiled for"
+# %% ../../nbs/engine/triton.ipynb #b14e9fd0
+TritonKernel = namedtuple('TritonKernel', 'compute stages ready')
+TritonKernel.__doc__ = """`compute`: dtype of the arithmetic. `stages`: (kind, function) pairs in the order in which they run; 'values' has
+one program per tensor, 'pass' one per chunk. `ready`: the ways of calling it that have been compiled"""
 
+# %% ../../nbs/engine/triton.ipynb #389311de
 _kernels,_lock = {},threading.Lock()
 
 def triton_kernel(
@@ -242,5 +290,7 @@ def triton_kernel(
     with _lock:
         if (f := _kernels.get((tape.key, mode))) is None:
             ph,mod = TapePhases(tape),_import_text(emit_triton(tape), mode)
-            f = _kernels[tape.key, mode] = TritonKernel(ph.compute, [(kind, getattr(mod, f'{kind}{k}')) for k in range(ph.n+1) for kind,there in (('values', ph.values), ('pass', ph.moves)) if there(k)], set())
+            kinds = ('values', ph.values),('pass', ph.moves)
+            stages = [(kind, getattr(mod, f'{kind}{k}')) for k in range(ph.n+1) for kind,there in kinds if there(k)]
+            f = _kernels[tape.key, mode] = TritonKernel(ph.compute, stages, set())
     return f

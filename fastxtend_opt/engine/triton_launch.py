@@ -16,7 +16,7 @@ __all__ = ['GPU_BLOCK', 'GPU_CHUNK', 'GPU_PROGRAMS', 'GPU_WARPS', 'gpu_chunk', '
 # %% ../../nbs/engine/triton_launch.ipynb #7f969588
 GPU_BLOCK = 1024 # Elements that a program works on at a time
 GPU_CHUNK = 1<<14 # Most elements of a chunk
-GPU_PROGRAMS = 1<<13 # Programs to have before chunks become that big
+GPU_PROGRAMS = 1<<13 # Number of programs from which on chunks may become that big
 GPU_WARPS = 4 # Warps of a program
 
 def gpu_chunk(
@@ -27,6 +27,7 @@ def gpu_chunk(
     while size > GPU_BLOCK and elements < size*GPU_PROGRAMS: size //= 2
     return size
 
+# %% ../../nbs/engine/triton_launch.ipynb #3c092070
 def _send(array, device):
     "`array` on `device`, without waiting for it"
     t = torch.from_numpy(array)
@@ -38,29 +39,33 @@ def _sizes(kind, aligned, scaled):
     "Compile-time arguments of a kernel's functions"
     return dict(BLOCK=GPU_BLOCK, SCALED=scaled, num_warps=GPU_WARPS, **({} if kind == 'values' else {'ALIGNED':aligned}))
 
+# %% ../../nbs/engine/triton_launch.ipynb #c5e2b905
 def warm_triton(
     kernel, # Result of `triton_kernel`
     device:torch.device, # Where it is to run
     aligned:bool, # Are all addresses multiples of 16 bytes?
     scaled:bool # Does it unscale gradients?
 ):
-    "Have `kernel` compiled before anything is changed, once for each way of calling it"
+    "Compile `kernel` before anything is changed, once for each way of calling it"
     key = device,aligned,scaled,GPU_BLOCK,GPU_WARPS
     if device.type == 'cpu' or key in kernel.ready: return
+    amp = torch.float32 if scaled else None
     with torch.get_device_module(device).device(device):
         for kind,f in kernel.stages:
-            f.warmup(torch.int64, torch.int64, *[kernel.compute]*3, *[torch.float32 if scaled else None]*2, grid=(1,), **_sizes(kind, aligned, scaled))
+            f.warmup(torch.int64, torch.int64, *[kernel.compute]*3, amp, amp, grid=(1,), **_sizes(kind, aligned, scaled))
     kernel.ready.add(key)
 
+# %% ../../nbs/engine/triton_launch.ipynb #a881a1a9
 class TritonLaunch:
     "Launches of Triton kernels for several cohorts that run the same tape"
     def __init__(self,
         tables:list, # `AddressTable`s of the cohorts, all on one device
-        elements:int|None=None # Elements that chunks are made for; `None`: those of the cohorts
+        elements:int|None=None # Number of elements that the size of a chunk is chosen for; `None`: that of the cohorts
     ):
         self.tables,self.device = tables,tables[0].cohort.device
-        chunks,tensors = chunk_rows(tables, gpu_chunk(sum(p.numel() for t in tables for p in t.cohort.params) if elements is None else elements))
-        self.grid = dict(values=(len(tensors),), **{'pass':(len(chunks),)})
+        if elements is None: elements = sum(p.numel() for t in tables for p in t.cohort.params)
+        chunks,tensors = chunk_rows(tables, gpu_chunk(elements))
+        self.grid = {'values':(len(tensors),), 'pass':(len(chunks),)}
         self.gpu = torch.get_device_module(self.device) if self.device.type != 'cpu' else None
         self.addresses,self.numbers,self.scratch,self.streams = None,None,{},set()
         with self._on_device():
@@ -77,12 +82,13 @@ class TritonLaunch:
         return r
 
     def _tables(self, tapes, dtype):
-        "The addresses and numbers of this step on the device"
+        "The addresses and numbers of this step on the device, and whether the addresses are aligned"
+        def same(old, a): return old is not None and old[0].dtype == a.dtype and old[0].shape == a.shape and np.array_equal(old[0], a)
         a = self.tables[0].address if len(self.tables) == 1 else np.concatenate([t.address for t in self.tables])
-        if self.addresses is None or a.shape != self.addresses[0].shape or not np.array_equal(a, self.addresses[0]):
-            self.addresses = a.copy(),_send(a, self.device),aligned_addresses(a)
-        with np.errstate(over='ignore'): n = np.array([t.scalars or [0.] for t in tapes]).astype(np.float64 if dtype is torch.float64 else np.float32)
-        if self.numbers is None or n.dtype != self.numbers[0].dtype or n.shape != self.numbers[0].shape or not np.array_equal(n, self.numbers[0]): self.numbers = n,_send(n, self.device)
+        if not same(self.addresses, a): self.addresses = a.copy(),_send(a, self.device),aligned_addresses(a)
+        with np.errstate(over='ignore'):
+            n = np.array([t.scalars or [0.] for t in tapes]).astype(np.float64 if dtype is torch.float64 else np.float32)
+        if not same(self.numbers, n): self.numbers = n,_send(n, self.device)
         return self.addresses[1],self.numbers[1],self.addresses[2]
 
     def _use(self, tensors):
@@ -93,8 +99,8 @@ class TritonLaunch:
 
     def __call__(self,
         kernel, # Result of `triton_kernel`
-        tapes:list, # A tape a cohort, all with the kernel's key
-        amp:tuple|None=None # Scale of the gradients, and a number that is not 0 if the step is to change nothing, as float32 tensors on the device
+        tapes:list, # One tape per cohort, all with the kernel's key
+        amp:tuple|None=None # Scale of the gradients, and whether they have overflowed (not 0), as float32 tensors on the device
     ):
         "Run `kernel` on the current stream; the tables must have been refreshed for this step"
         dtype = kernel.compute
@@ -104,5 +110,6 @@ class TritonLaunch:
             if self.gpu: self._use((self.chunks, self.tensors, addresses, numbers, values, partial))
             for kind,f in kernel.stages:
                 if not self.grid[kind][0]: continue
+                rows = self.tensors if kind == 'values' else self.chunks
                 args = addresses,numbers,values,partial,*(amp or (None,None))
-                f[self.grid[kind]](self.tensors if kind == 'values' else self.chunks, *args, **_sizes(kind, aligned, amp is not None))
+                f[self.grid[kind]](rows, *args, **_sizes(kind, aligned, amp is not None))

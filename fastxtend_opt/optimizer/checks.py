@@ -9,6 +9,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 import torch
 from fastcore.foundation import L
+from ..engine.cohort import freed
 from .passes import dry_run
 
 # %% auto #0
@@ -31,7 +32,7 @@ def check_memory(
     "`ValueError` if `t` can't be read, or can't be written to"
     if not is_plain(t) or not t.numel() or t.device.type == 'meta': return
     shape = f"of shape {tuple(t.shape)}"
-    if not t.untyped_storage().size(): # a view then still has an address: its offset
+    if freed(t):
         raise ValueError(f"{what} {shape}: its memory was freed. Libraries that shard parameters do that between uses: "
                          "step the shards, or gather the parameter before the step. No parameter was changed.")
     if written and any(st == 0 and n > 1 for st,n in zip(t.stride(), t.shape)):
@@ -42,7 +43,8 @@ def check_memory(
 def _copied(t):
     "A copy of `t` with the same strides, on which fused mode's choice between kernels and foreach depends"
     c = t.detach().clone()
-    return c if t.layout is not torch.strided or c.stride() == t.stride() else t.detach().new_empty_strided(t.shape, t.stride()).copy_(t.detach())
+    if t.layout is not torch.strided or c.stride() == t.stride(): return c
+    return t.detach().new_empty_strided(t.shape, t.stride()).copy_(t.detach())
 
 def _copy_param(p):
     q = _copied(p)
@@ -66,7 +68,8 @@ def trial_of(
     try:
         with torch.random.fork_rng(sorted({p.device.index for p in params if p.device.type == 'cuda'})), dry_run(): yield twin
     except Exception as e:
-        if hasattr(e, 'add_note'): e.add_note("This was a trial of the step on copies, for sparse gradients or tensor subclasses. No parameter was changed.")
+        if hasattr(e, 'add_note'): e.add_note("This was a trial of the step on copies, for sparse gradients or tensor subclasses. No "
+                                              "parameter was changed.")
         raise
 
 # %% ../../nbs/optimizer/checks.ipynb #79f48aa5
