@@ -455,6 +455,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                         'fastxtend_opt/algorithms/schedulefree.py'),
                                                        'fastxtend_opt.algorithms.schedulefree._whose': ( 'algorithms/schedulefree.html#_whose',
                                                                                                          'fastxtend_opt/algorithms/schedulefree.py'),
+                                                       'fastxtend_opt.algorithms.schedulefree._without_momentum': ( 'algorithms/schedulefree.html#_without_momentum',
+                                                                                                                    'fastxtend_opt/algorithms/schedulefree.py'),
                                                        'fastxtend_opt.algorithms.schedulefree._wrap': ( 'algorithms/schedulefree.html#_wrap',
                                                                                                         'fastxtend_opt/algorithms/schedulefree.py'),
                                                        'fastxtend_opt.algorithms.schedulefree.adamw_schedulefree_step': ( 'algorithms/schedulefree.html#adamw_schedulefree_step',
