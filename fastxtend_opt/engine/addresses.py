@@ -45,9 +45,14 @@ def flat_layout(
     return True
 
 # %% ../../nbs/engine/addresses.ipynb #8477e927
-def fused_sort(p, g, st):
-    "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
-    if not flat_layout(p) or (p.numel() and not (p.data_ptr() and g.data_ptr())): return 'foreach'
+def fused_sort(
+    p:torch.Tensor, # The parameter
+    g:torch.Tensor, # Its gradient
+    st:dict # Its state
+)->str: # 'flat', 'copy' (its gradient has another layout), or 'foreach'
+    "How the fused mode can serve a parameter"
+    # torch 2.9 raises for the address of a sparse tensor, newer ones give 0
+    if not flat_layout(p) or g.layout!=torch.strided or (p.numel() and not (p.data_ptr() and g.data_ptr())): return 'foreach'
     return 'flat' if g.stride() == p.stride() or (p.is_contiguous() and g.is_contiguous()) else 'copy'
 
 def aligned_addresses(
