@@ -44,7 +44,7 @@ def Lamb(
     wd:float=.01, # Weight decay (λ); fastai's default is 0
     decouple_wd:bool=True, # Use decoupled weight decay, outside the trust ratio (`True`), or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "LAMB"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, lamb_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)

@@ -101,7 +101,7 @@ def MADGRAD(
     wd:float=0., # Weight decay
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`, as in the authors' code)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "MADGRAD"
     groups = as_groups(params)
     how = dict(decouple_wd=decouple_wd, decouple_lr=kwargs.get('decouple_lr', False))

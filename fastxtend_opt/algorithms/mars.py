@@ -105,7 +105,7 @@ def MARS(
     lr_1d_factor:float=1., # Factor of `lr` for tensors with fewer than two dimensions, >= 0
     wd:float=0., # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "MARS-AdamW or MARS-Lion"
     if mars_type not in MARS_TYPES: raise ValueError(f"mars_type={mars_type!r} is unknown: it must be one of {', '.join(MARS_TYPES)}.")
     how = dict(mars_type=mars_type, optimize_1d=optimize_1d)

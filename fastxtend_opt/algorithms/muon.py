@@ -218,7 +218,7 @@ def Muon(
     aux_eps:float=1e-10, # Added to the square root for Adam (ε)
     wd:float=0., # Weight decay (λ), decoupled; torch uses 0.1
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Muon for matrices, Adam for the other parameters; `rules` of the optimizer shows which use which"
     if adjust_lr not in ADJUST_LR: raise ValueError(f"adjust_lr={adjust_lr!r} is unknown: it must be one of {', '.join(ADJUST_LR)}.")
     if ns_dtype not in (None,*NS_DTYPES):

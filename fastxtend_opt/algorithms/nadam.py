@@ -71,7 +71,7 @@ def NAdam(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`, NAdamW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "NAdam or NAdamW"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, multiply_mu, nadam_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, momentum_decay=momentum_decay, wd=wd, **kwargs)

@@ -47,7 +47,7 @@ def NovoGrad(
     wd:float=0., # Weight decay (d)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`), or add `wd*p` to the divided gradient (`False`, as in the paper)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "NovoGrad"
     average = partial(average_grad, dampening=grad_averaging)
     cbs = [average_sqr_norm, divide_grad, decay_stepper(decouple_wd), average, momentum_step]

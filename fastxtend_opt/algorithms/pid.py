@@ -59,7 +59,7 @@ def PID(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "PID, with proportional, integral and derivative terms"
     cbs = [decay_stepper(decouple_wd), pid_terms, pid_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, integral=integral, derivative=derivative, wd=wd, **kwargs)

@@ -159,7 +159,7 @@ def SGDScheduleFree(
     r:float=0., # Power of the step in the average's weights
     weight_lr_power:float=2., # Power of the largest learning rate in them (ρ)
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Schedule-free SGD"
     opt = make_optimizer(params, [start_at_weights, step_stat, sgd_schedulefree_step], lr=lr, beta=beta, wd=wd, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power, **kwargs)
     return as_schedule_free(opt)
@@ -176,7 +176,7 @@ def AdamWScheduleFree(
     r:float=0., # Power of the step in the average's weights
     weight_lr_power:float=2., # Power of the largest learning rate in them (ρ)
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Schedule-free AdamW"
     cbs = [start_at_weights, step_stat, average_sqr_grad, adamw_schedulefree_step]
     opt = make_optimizer(params, cbs, lr=lr, beta=beta, sqr_mom=sqr_mom, eps=eps, wd=wd, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power, **kwargs)
@@ -194,7 +194,7 @@ def RAdamScheduleFree(
     weight_lr_power:float=2., # Power of the largest learning rate in them (ρ)
     silent_sgd_phase:bool=True, # Leave the weights alone until the rectification sets in (the fifth step, with the default `sqr_mom`)? Otherwise step as SGD
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Schedule-free RAdam, which needs no warmup"
     cbs = [start_at_weights, step_stat, average_sqr_grad, partial(radam_schedulefree_step, silent_sgd_phase=silent_sgd_phase)]
     opt = make_optimizer(params, cbs, lr=lr, beta=beta, sqr_mom=sqr_mom, eps=eps, wd=wd, r=r, weight_lr_power=weight_lr_power, **kwargs)

@@ -274,7 +274,7 @@ def Shampoo(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Shampoo"
     groups = as_groups(params)
     if aux is not None: check_pattern(aux)

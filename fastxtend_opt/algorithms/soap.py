@@ -202,7 +202,7 @@ def SOAP(
     aux=None, # Matrices for Adam: `'*emb*'`, a module class, a function of a `ParamInfo`, a tuple; `None`: embeddings, head; `()`: none
     wd:float=.01, # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "SOAP"
     groups = as_groups(params)
     if aux is not None: check_pattern(aux)

@@ -67,7 +67,7 @@ def StableAdam(
     wd:float=.01, # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay with the clipped rate (`True`, StableAdamW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "StableAdam or StableAdamW"
     cbs = ([] if decouple_wd else [l2_reg]) + [step_stat, debiased_averages, partial(stableadam_step, decouple_wd=decouple_wd)]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)

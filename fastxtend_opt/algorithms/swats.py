@@ -93,7 +93,7 @@ def SWATS(
     wd:float=0., # Weight decay
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "SWATS"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, swats_momentum, swats_step]
     opt = make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, switch_tol=switch_tol, wd=wd, **kwargs)

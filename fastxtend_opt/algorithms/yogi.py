@@ -44,7 +44,7 @@ def Yogi(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Yogi"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), yogi_sqr_avg, step_stat, adam_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, init_acc=init_acc, wd=wd, **kwargs)

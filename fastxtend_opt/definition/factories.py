@@ -63,7 +63,8 @@ def factory(
     sig = inspect.signature(func)
     sig = sig.replace(parameters=[p for k,p in sig.parameters.items() if k not in ('params','lr')], return_annotation=partial)
 
-    def _factory(*args, **kwargs):
+    def _factory(*args, **kwargs
+    )->partial: # An `opt_func`, for a `Learner`
         if 'lr' in kwargs or 'params' in kwargs:
             raise TypeError(f"{name}() leaves params and lr to the Learner: write opt_func={name}(), or {func.__name__}(params, lr).")
         given = _bound(name, sig, args, kwargs)
@@ -73,8 +74,7 @@ def factory(
         return partial(func, **given)
 
     _factory.__name__ = _factory.__qualname__ = name
-    _factory.__module__,_factory.__signature__,_factory.__wrapped__ = func.__module__,sig,func
-    if hasattr(func, '__delwrap__'): _factory.__delwrap__ = func.__delwrap__ # where docments find the options
+    _factory.__module__,_factory.__signature__,_factory.__delwrap__ = func.__module__,sig,func # docments find the parameters in `func`
     about = f"{row.title} ({row.reference})" if row else func.__name__
     _factory.__doc__ = f"Partial function for {about}: the `opt_func` of a `Learner`"
     if row: row.factory = _factory

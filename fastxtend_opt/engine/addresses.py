@@ -46,12 +46,12 @@ def flat_layout(
 
 # %% ../../nbs/engine/addresses.ipynb #8477e927
 def fused_sort(
-    p:torch.Tensor, # The parameter
-    g:torch.Tensor, # Its gradient
-    st:dict # Its state
-)->str: # 'flat', 'copy' (its gradient has another layout), or 'foreach'
-    "How the fused mode can serve a parameter"
-    # torch 2.9 raises for the address of a sparse tensor, newer ones give 0
+    p, # Parameter
+    g, # Its gradient
+    st # Its state; not used
+):
+    "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
+    # torch 2.11 and older raise for the address of a sparse tensor, newer ones give 0
     if not flat_layout(p) or g.layout!=torch.strided or (p.numel() and not (p.data_ptr() and g.data_ptr())): return 'foreach'
     return 'flat' if g.stride() == p.stride() or (p.is_contiguous() and g.is_contiguous()) else 'copy'
 

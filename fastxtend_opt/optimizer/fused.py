@@ -110,7 +110,11 @@ class FusedOptimizer(AmpOptimizer):
     "Runs its steppers as one generated kernel: one pass over memory for all parameters"
     _sort,_make_plan,_mode = staticmethod(fused_sort),_FusedPlan,'fused'
     _elements = None # Number of elements that all optimizers of a model have together, if each steps one parameter
-    def __init__(self, params, cbs, **defaults):
+    def __init__(self,
+        params, # Model parameters, a list of them, or a list of such lists (parameter groups)
+        cbs, # Steppers: functions of a parameter, its state and hyperparameters by name
+        **defaults # Default hyperparameters, one number each (or one per group)
+    ):
         self.backend = _chosen_backend()
         super().__init__(params, cbs, **defaults)
 
