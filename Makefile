@@ -1,12 +1,15 @@
 # make demo    train a real classifier in four modes (installs into .venv first)
 # make test    everything that must hold: generated files, notebooks, tests (which render the documentation)
+# make test-all  the same with slow tests and slow cells, which take hours
 # make docs    the documentation site, in _site_preview/
-# make bench   step times; ARGS='--help' says what can be asked for
-# make clean   remove what was built; make distclean removes .venv as well
+# make bench   step times; ARGS='--help' lists the options
+# make dist-check     build wheel and sdist, install the wheel into an empty environment, and step there
+# make test-versions  the tests with other versions of Python and torch: CORNERS='oldest colab newest default'
+# make clean   remove build products; make distclean removes .venv as well
 #
-# PYTHON=python3.12   the interpreter that .venv is made with
-# TORCH=torch==2.13.0 one more requirement for pip, here the oldest torch that is supported
-# JOBS=3              processes of notebooks and tests; a third has the two cores busy while others wait for a compiler or a child process
+# PYTHON=python3.12   the interpreter of .venv
+# TORCH=torch==2.13.0 one more requirement for pip
+# JOBS=3              processes of notebooks and tests; a third keeps two cores busy while others wait for a compiler or a child process
 
 PYTHON ?= python3
 TORCH  ?=
@@ -16,8 +19,11 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
+NB_FLAGS ?=
 
-.PHONY: install demo test check notebooks docs pytest bench clean distclean
+CORNERS ?=
+
+.PHONY: install demo test test-all check notebooks docs pytest bench dist-check test-versions clean distclean
 .DEFAULT_GOAL := test
 .NOTPARALLEL:
 
@@ -36,9 +42,14 @@ demo: $(STAMP)
 
 test: check notebooks pytest
 
+test-all: NB_FLAGS = --flags slow
+test-all: PYTEST_ARGS += -m ''
+test-all: check notebooks pytest
+
 # one torch thread a process: the processes share the cores. The kernels' folder is the project's own, so that nothing outside is relied on
 test check notebooks docs pytest: export OMP_NUM_THREADS := 1
 notebooks docs: export FASTXTEND_OPT_CACHE := $(CURDIR)/.cache/kernels
+pytest: export FASTXTEND_OPT_TEST_CACHE := $(CURDIR)/.cache/kernels
 notebooks docs pytest: export MPLBACKEND := agg
 # the pages of the GPU's kernels run them in Triton's interpreter, and one process runs many notebooks
 notebooks docs: export TRITON_INTERPRET := 1
@@ -47,10 +58,10 @@ check: $(STAMP)
 	$(BIN)/python tools/check_generated.py
 
 notebooks: $(STAMP) | check
-	$(BIN)/nbdev-test --n-workers $(JOBS)
+	$(BIN)/nbdev-test --n-workers $(JOBS) $(NB_FLAGS)
 
 docs: $(STAMP)
-	$(BIN)/python tools/process_notebooks.py --force --n-workers $(JOBS)
+	$(BIN)/python tools/process_notebooks.py --force
 	$(BIN)/python tools/render_site.py
 
 # last, so that its summary closes the log
@@ -59,6 +70,12 @@ pytest: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/fastxtend-opt bench $(ARGS)
+
+dist-check:
+	$(PYTHON) tools/check_dist.py $(ARGS)
+
+test-versions:
+	$(PYTHON) tools/versions.py --corners $(CORNERS) --jobs $(JOBS) $(ARGS)
 
 clean:
 	rm -rf _proc _docs _site_preview build dist .cache .pytest_cache .hypothesis *.egg-info nbs/nbdev.yml

@@ -29,8 +29,8 @@ torch.set_num_threads(1)
 triton_launch.GPU_BLOCK,triton_launch.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
 
 def _lighten_interpreter():
-    """Triton's interpreter in half the time: no search for overflows of integers (`test_integers_do_not_overflow` makes it), and what depends on a type alone,
-    dtypes, shapes and types of blocks, is not made anew for each value"""
+    """Triton's interpreter in half the time: no search for overflows of integers (`test_integers_do_not_overflow` makes it), and what
+    depends on a type alone, dtypes, shapes and types of blocks, is not made anew for each value"""
     try:
         from triton.runtime import interpreter as ti
         import triton.language.core as tl
@@ -38,7 +38,8 @@ def _lighten_interpreter():
     ti.interpreter_builder.options = dataclasses.replace(ti.interpreter_builder.options, sanitize_overflow=False)
     dtypes,np_dtype,with_element_ty,init = {},ti._get_np_dtype,tl.block_type.with_element_ty,tl.tensor.__init__
     def _np_dtype(t):
-        key = t if type(t) is tl.dtype else type(t) is tl.block_type and type(t.element_ty) is tl.dtype and t.element_ty # a pointer has no hash
+        # a pointer has no hash
+        key = t if type(t) is tl.dtype else type(t) is tl.block_type and type(t.element_ty) is tl.dtype and t.element_ty
         if not key: return np_dtype(t)
         if key not in dtypes: dtypes[key] = np_dtype(key)
         return dtypes[key]
@@ -62,13 +63,15 @@ def _has_modes(item, rows={}):
     "Does the optimizer of a test have the modes that the test names?"
     params = getattr(getattr(item, 'callspec', None), 'params', {})
     if not rows: rows.update((o.name, o) for o in list_optimizers())
-    row = next((rows.get(getattr(params[k], 'name', params[k])) for k in ('name','row','optimizer') if isinstance(getattr(params.get(k), 'name', params.get(k)), str)), None)
+    row = next((rows.get(getattr(params[k], 'name', params[k])) for k in ('name','row','optimizer')
+                if isinstance(getattr(params.get(k), 'name', params.get(k)), str)), None)
     modes = {'fused' if v=='triton' else v for v in params.values() if isinstance(v, str)} & set(MODES)
     return row is None or modes <= set(row.modes)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    "A test marked `engine` runs with the optimizers of `CORE`; with the others when slow tests are asked for. Modes that an optimizer does not have are left out"
+    """A test marked `engine` runs with the optimizers of `CORE`; with the others when slow tests are asked for. Modes that an optimizer
+    does not have are left out"""
     lacking = [o for o in items if not _has_modes(o)]
     if lacking:
         config.hook.pytest_deselected(items=lacking)
@@ -84,15 +87,17 @@ def pytest_configure(config):
     if config.getoption('--slow'): config.option.markexpr = '' # pyproject.toml deselects them with -m 'not slow'
     helpers.SLOW = config.option.markexpr!='not slow'
 
-# Kernels are compiled with -O1, in half the time, but for those of `CORE` and in these modules: the pages of all algorithms hold them against native as users have them, with -O3
-FULL,FAST = build.CPP_FLAGS,build.CPP_FLAGS if os.environ.get('FASTXTEND_OPT_TEST_O3') else tuple('-O1' if o=='-O3' else o for o in build.CPP_FLAGS)
-# (`test_package` compiles nothing: it compares the flags in `all` with those in `build`, which must be the package's own)
+# Kernels are compiled with -O1, in half the time, except in these modules: users' -O3. The pages of all algorithms compare kernels of -O3
+# with native. (`test_package` compiles nothing: it compares the flags in `all` with those in `build`, which must be the package's own.)
+FULL = build.CPP_FLAGS
+FAST = FULL if os.environ.get('FASTXTEND_OPT_TEST_O3') else tuple('-O1' if o=='-O3' else o for o in FULL)
 OPTIMIZED = {'test_engine','test_ops','test_package','test_kernel_cache','test_benchmark','test_learner','test_state_machine','test_triton'}
 
 @pytest.fixture(autouse=True)
 def compiler_flags(request):
     params = getattr(getattr(request.node, 'callspec', None), 'params', {})
-    build.CPP_FLAGS = FULL if request.module.__name__ in OPTIMIZED or any(isinstance(v, str) and v in (*CORE,'shampoo') for v in params.values()) else FAST # roots of matrices amplify the last bit
+    full = request.module.__name__ in OPTIMIZED or 'shampoo' in map(str, params.values()) # roots of matrices amplify the last bit
+    build.CPP_FLAGS = FULL if full else FAST
     yield
     build.CPP_FLAGS = FULL
 
@@ -104,7 +109,8 @@ def triton_backend(request):
 
 @pytest.fixture(autouse=True)
 def without_a_training_loop(request):
-    "Shared tests give an optimizer gradients and nothing else: steppers that need more (AdaHessian's) take these. The module of such an algorithm says `TRAINS = True`"
+    """Shared tests give an optimizer gradients and nothing else: steppers that need more (AdaHessian's) take these. The module of such an
+    algorithm says `TRAINS = True`"""
     with nullcontext() if getattr(request.module, 'TRAINS', False) else dry_run(): yield
 
 @pytest.fixture

@@ -36,5 +36,6 @@ def row_tape(name, dtype):
 def tapes(what):
     "`what` is 'rows', 'optimizers' or 'core'"
     if what == 'rows': yield from ((f'{n}-{str(d)[6:]}', row_tape(n, d)) for n in OPS for d in (torch.float32, torch.float64))
-    else: yield from ((f'{o.name}-{str(d)[6:]}', optimizer_tape(o.name, d)) for o in list_optimizers() if what == 'optimizers' or o.name in CORE
+    else: yield from ((f'{o.name}-{str(d)[6:]}', optimizer_tape(o.name, d))
+                      for o in list_optimizers() if what == 'optimizers' or o.name in CORE
         for d in ((torch.float32, torch.bfloat16) if o.name in CORE else (torch.float32,)))

@@ -8,9 +8,13 @@ from itertools import combinations
 import numpy as np,pytest,torch
 from fastcore.all import L
 from torch import nn,tensor
+from fastxtend_opt.optimizer.fused import FusedOptimizer
+from fastxtend_opt.optimizer.native import NativeOptimizer
+from fastxtend_opt.optimizer.traced import ForEachOptimizer,JitOptimizer
 
 MODES = ('foreach', 'jit', 'fused', 'triton') # 'triton' is the fused mode with the GPU's kernels, in Triton's interpreter
 ALL_MODES = ('native',) + MODES
+ENGINES = dict(native=NativeOptimizer, foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer, triton=FusedOptimizer)
 
 def flags(mode): return {} if mode=='native' else {'fused' if mode=='triton' else mode: True}
 
@@ -30,10 +34,14 @@ class WithBackend:
     def __call__(self, *args, **kwargs):
         with backend_of(self.mode): return self.f(*args, **kwargs)
 
-CORE = ('sgd','adam','ranger','larc','lamb','lion','adamw_schedulefree','adafactor') # one of each kind that the engine has to do with: no state, one, two; state made from the weights; reductions, along axes too; signs
+# one of each kind that the engine has to do with: no state, one, two; state made from the weights; reductions, along axes too; signs
+CORE = ('sgd','adam','ranger','larc','lamb','lion','adamw_schedulefree','adafactor')
 
-INTERPRETED = ('adam','larc') # of these, the ones that Triton's interpreter, which is slow, runs by default: elementwise, and with reductions
-AXES = ('adafactor','came','adamp','sgdp','adam_mini') # with reductions along axes, which only C++ kernels have, and only for contiguous parameters; elsewhere a fused step of theirs is one of foreach
+# of these, the ones that Triton's interpreter, which is slow, runs by default: elementwise, and with reductions
+INTERPRETED = ('adam','larc')
+# with reductions along axes, which only C++ kernels have, and only for contiguous parameters; elsewhere a fused step of theirs is one of
+# foreach
+AXES = ('adafactor','came','adamp','sgdp','adam_mini')
 
 # ---------------------------------------------------------------- choosing
 SLOW = True # Are slow tests asked for? `conftest.py` says so before the tests are collected: thousands of slow cells take seconds to make
@@ -47,9 +55,9 @@ def interpreted_slow(modes):
     return pytest.mark.parametrize('mode', [slow(m, when=m=='triton') for m in modes])
 
 def pairwise(rows, group, dear=lambda row: None):
-    """Rows that together have every pair of values of two columns which `rows` have, the same ones each time. Each group of `rows` (those of one
-    `group(row)`) gives one: that with most new pairs, and of these the one whose pairs were used least. More rows complete the pairs.
-    `dear(row)` names what one row is enough of, because it is slow."""
+    """Rows that together have every pair of values of two columns which `rows` have, the same ones each time. Each group of `rows` (those
+    of one `group(row)`) gives one: that with most new pairs, and of these the one whose pairs were used least. More rows complete the
+    pairs. `dear(row)` names what one row is enough of, because it is slow."""
     ids = {}
     pairs = {r: [ids.setdefault(p, len(ids)) for p in combinations(enumerate(r), 2)] for r in rows}
     used,had,groups,res = [0]*len(ids),set(),{},[]
@@ -104,7 +112,8 @@ def _same_tensor(a, b, rtol, atol, equal_nan, path):
     bad = d > lim
     if bad.any():
         i = int((d-lim).argmax())
-        _fail(path, f'{int(bad.sum())} of {a.numel()} values differ; worst {a[ok].flatten()[i].item()!r} against {b[ok].flatten()[i].item()!r}'
+        _fail(path, f'{int(bad.sum())} of {a.numel()} values differ; worst {a[ok].flatten()[i].item()!r} against '
+                    f'{b[ok].flatten()[i].item()!r}'
                     f' (|difference| {d[i].item():.3g} > {lim[i].item():.3g} = {atol:g} + {rtol:g} * |b|)')
 
 def assert_same(a, b, rtol=0., atol=0., equal_nan=False, path=''):
@@ -123,7 +132,8 @@ def assert_same(a, b, rtol=0., atol=0., equal_nan=False, path=''):
     elif ka=='array':
         if a.dtype != b.dtype: _fail(path, f'dtype {a.dtype} against {b.dtype}')
         _same_tensor(torch.from_numpy(np.array(a)), torch.from_numpy(np.array(b)), rtol, atol, equal_nan, path)
-    elif ka=='float': _same_tensor(tensor(float(a), dtype=torch.float64), tensor(float(b), dtype=torch.float64), rtol, atol, equal_nan, path)
+    elif ka=='float': _same_tensor(tensor(float(a), dtype=torch.float64), tensor(float(b), dtype=torch.float64), rtol, atol, equal_nan,
+                                   path)
     elif a != b: _fail(path, f'{a!r} against {b!r}')
 
 def assert_bitwise(a, b, path=''):
@@ -144,8 +154,9 @@ def assert_bitwise(a, b, path=''):
     elif ka!='float' and a != b: _fail(path, f'{a!r} against {b!r}')
 
 def less_noise(a, b, noisy, factor=4.):
-    """`a`, brought nearer to `b` by `factor` times the largest difference between `b` and `noisy` in each tensor, for `assert_same` to look at.
-    `noisy` is what `b` becomes where the last bit of its inputs differs: no computation in other order can be expected to come nearer."""
+    """`a`, brought nearer to `b` by `factor` times the largest difference between `b` and `noisy` in each tensor, for `assert_same` to look
+    at. `noisy` is what `b` becomes where the last bit of its inputs differs: no computation in other order can be expected to come
+    nearer."""
     if _kind(b)=='dict': return {k: less_noise(a[k], v, noisy[k], factor) if k in a and k in noisy else a.get(k) for k,v in b.items()}
     if _kind(b)=='list': return [less_noise(*o, factor) for o in zip(a, b, noisy)] if len(a)==len(b) else a
     if _kind(b)!='tensor' or not b.is_floating_point() or a.shape!=b.shape or not b.numel(): return a
@@ -161,7 +172,8 @@ def ulp(t):
     return torch.exp2((torch.frexp(t.double()).exponent - bits).clamp(min=low).double())
 
 def assert_ulps(a, b, n, atol=0., path=''):
-    "Fail unless `a` and `b`, of one low-precision dtype, are at most `n` representable steps apart everywhere, or `atol` where a step is smaller"
+    """Fail unless `a` and `b`, of one low-precision dtype, are at most `n` representable steps apart everywhere, or `atol` where a step is
+    smaller"""
     if _kind(a)=='dict' and _kind(b)=='dict':
         if set(a) != set(b): _fail(path, f'keys {sorted(map(str,a))} against {sorted(map(str,b))}')
         for k in a: assert_ulps(a[k], b[k], n, atol, f'{path}[{k!r}]')
@@ -248,7 +260,8 @@ def detach_copy(o):
     if isinstance(o, (list, tuple, L)): return [detach_copy(v) for v in o]
     return copy.deepcopy(o)
 
-def run_trajectory(opt_func, n=25, dtype=torch.float32, scenario=None, seed=0, params=None, groups=two_groups, at=None, spikes=(), grads=True,
+def run_trajectory(opt_func, n=25, dtype=torch.float32, scenario=None, seed=0, params=None, groups=two_groups, at=None, spikes=(),
+                   grads=True,
                    stream=None):
     """Make parameters and `opt_func(groups(params))`, take `n` steps on the seeded stream and return snapshots after the steps in `at`.
     `scenario(i, opt, params, stream)` sets up step `i`, gradients included; without one, each parameter gets a gradient."""

@@ -55,7 +55,8 @@ def no_warnings(ignore=()):
         for o in ignore: warnings.filterwarnings('ignore', message=o)
         yield
 
-# ---------------------------------------------------------------- a small one with dropout and BatchNorm, for passes that must leave no trace in either
+# ---------------------------------------------------------------- a small one with dropout and BatchNorm, for passes that must leave no
+# trace in either
 def dropout_learner(opt_func, cbs=(), path=None, n_train=128, bs=32, dropout=.2, **kwargs):
     torch.manual_seed(1)
     model = nn.Sequential(digits_model(4, 1, seed=3), nn.Dropout(dropout))

@@ -1,4 +1,5 @@
-"AdaHessian with estimates: timm's and pytorch_optimizer's numbers, a diagonal quadratic, and the callback. (With gradients in their place: the shared tests.)"
+"""AdaHessian with estimates: timm's and pytorch_optimizer's numbers, a diagonal quadratic, and the callback. (With gradients in their
+place: the shared tests.)"""
 import copy,gc,pickle,weakref
 
 from functools import partial
@@ -43,14 +44,17 @@ def backward(m, x, y, graph=True):
 def weights(m): return [p.detach().clone() for p in m.parameters()]
 
 # ---------------------------------------------------------------- against others
-@pytest.mark.parametrize('kw', [dict(), dict(n_samples=3, hessian_power=.5, wd=.1), dict(avg_conv_kernel=True, eps=1e-4), dict(update_each=4)], ids=str)
+@pytest.mark.parametrize('kw', [dict(), dict(n_samples=3, hessian_power=.5, wd=.1), dict(avg_conv_kernel=True, eps=1e-4),
+                                dict(update_each=4)], ids=str)
 def test_against_timm(kw):
     "30 steps on a network whose Hessian is not diagonal, with the signs of timm's generator"
     from timm.optim.adahessian import Adahessian
     ms,(x,y) = [net(),net()],data()
     mine = AdaHessian(ms[0].parameters(), lr=.05, **kw)
-    theirs = Adahessian(ms[1].parameters(), lr=.05, betas=(.9,.999), eps=kw.get('eps', 1e-8), weight_decay=kw.get('wd', 0.), hessian_power=kw.get('hessian_power', 1.),
-                        update_each=kw.get('update_each', 1), n_samples=kw.get('n_samples', 1), avg_conv_kernel=kw.get('avg_conv_kernel', False))
+    theirs = Adahessian(ms[1].parameters(), lr=.05, betas=(.9,.999), eps=kw.get('eps', 1e-8), weight_decay=kw.get('wd', 0.),
+                        hessian_power=kw.get('hessian_power', 1.),
+                        update_each=kw.get('update_each', 1), n_samples=kw.get('n_samples', 1),
+                        avg_conv_kernel=kw.get('avg_conv_kernel', False))
     gen = torch.Generator().manual_seed(theirs.seed)
     for _ in range(30):
         backward(ms[1], x, y); theirs.step()
@@ -63,7 +67,8 @@ def test_against_timm(kw):
 def test_against_pytorch_optimizer():
     po = pytest.importorskip('pytorch_optimizer')
     ms,(x,y) = [net(),net()],data()
-    mine,theirs = AdaHessian(ms[0].parameters(), lr=.05, wd=.1),po.AdaHessian(ms[1].parameters(), lr=.05, eps=1e-8, weight_decay=.1, hutchinson_distribution='rademacher')
+    mine,theirs = AdaHessian(ms[0].parameters(), lr=.05, wd=.1),po.AdaHessian(ms[1].parameters(), lr=.05, eps=1e-8, weight_decay=.1,
+                                                                              hutchinson_distribution='rademacher')
     for i in range(20):
         backward(ms[0], x, y); backward(ms[1], x, y)
         gen = torch.Generator().manual_seed(i)
@@ -81,7 +86,8 @@ def test_modes_against_the_paper_with_a_moving_diagonal(mode, kw):
     with backend_of(mode): opt = AdaHessian([[ps[0]],[ps[1]]], lr=[.1,.05], **kw, **flags(mode))
     opt.state[ps[1]]['do_wd'] = False
     names = dict(mom='beta1', sqr_mom='beta2', eps='eps', hessian_power='k')
-    refs = [Reference(x0.numpy(), lam=kw.get('wd', 0.), **{names[k]:v for k,v in kw.items() if k in names}), Reference(x0.view(1, 37).numpy(), **{names[k]:v for k,v in kw.items() if k in names})]
+    refs = [Reference(x0.numpy(), lam=kw.get('wd', 0.), **{names[k]:v for k,v in kw.items() if k in names}),
+            Reference(x0.view(1, 37).numpy(), **{names[k]:v for k,v in kw.items() if k in names})]
     for _ in range(25):
         for p,r,lr in zip(ps, refs, (.1,.05)):
             p.grad = None
@@ -182,7 +188,8 @@ def test_bfloat16(mode, kw):
 
 def test_round_it_lookahead_and_options():
     m,(x,y) = net(),data()
-    for opt in (Lookahead(AdaHessian(m.parameters(), .05, fused=True), k=2), AdaHessian(m.parameters(), .05, cautious=True), AdaHessian(m.parameters(), .05, decouple_lr=True, wd=1e-5)):
+    for opt in (Lookahead(AdaHessian(m.parameters(), .05, fused=True), k=2), AdaHessian(m.parameters(), .05, cautious=True),
+                AdaHessian(m.parameters(), .05, decouple_lr=True, wd=1e-5)):
         for _ in range(4): backward(m, x, y); estimate_hessian(opt); opt.step()
     opt = AdaHessian(m.parameters(), .05, decouple_lr=True, wd=1e-5)
     assert opt.decouple_lr and [c.__name__ for c in opt.learner_cbs]==['AdaHessianPass']
@@ -194,7 +201,8 @@ def test_gradient_release_with_estimates_made_before():
     "Nothing is refused where the loop makes its estimates by itself"
     m,(x,y) = net(),data(); opt = AdaHessian(m.parameters(), .05)
     ps = list(m.parameters())
-    for p,g,h in zip(ps, *(lambda g: (g, hutchinson(g, ps)))(torch.autograd.grad(F.cross_entropy(m(x), y), ps, create_graph=True))): opt.state[p]['hess'] = h
+    for p,g,h in zip(ps, *(lambda g: (g, hutchinson(g, ps)))(torch.autograd.grad(F.cross_entropy(m(x), y), ps,
+                                                                                 create_graph=True))): opt.state[p]['hess'] = h
     prepare_for_gradient_release(m, opt)
     w = weights(m); F.cross_entropy(m(x), y).backward()
     assert all(p.grad is None for p in ps) and not torch.equal(w[0], ps[0])
@@ -216,9 +224,11 @@ def by_hand(n, lr, acc=None, clip=None, update_each=1):
         for _ in learn.dls.valid: pass
     return [t.detach().clone() for t in (*m.parameters(), *m.buffers())]
 
-@pytest.mark.parametrize('kw,cbs', [({}, ()), (dict(update_each=3), ()), (dict(acc=64, clip=.1), (GradientAccumulation(64),GradientClip(.1)))], ids=['plain','each','both'])
+@pytest.mark.parametrize('kw,cbs', [({}, ()), (dict(update_each=3), ()),
+                                    (dict(acc=64, clip=.1), (GradientAccumulation(64),GradientClip(.1)))], ids=['plain','each','both'])
 def test_learner_is_the_loop_by_hand(kw, cbs):
-    "Whose accumulated gradients keep their graphs, and are clipped after the estimate; the random numbers of dropout are the training's own"
+    """Whose accumulated gradients keep their graphs, and are clipped after the estimate; the random numbers of dropout are the training's
+    own"""
     learn = fit(learner(adahessian(update_each=kw.get('update_each', 1)), map(copy.copy, cbs), n_train=128), 2, .05)
     assert_same(all_of(learn), by_hand(2, .05, **kw), rtol=1e-3, atol=1e-4)
     assert '_backward' not in learn.__dict__ and len([c for c in learn.cbs if isinstance(c, AdaHessianPass)])==1
@@ -247,7 +257,8 @@ def test_optimizer_accumulation():
     learn = fit(learner(adahessian(fused=True), [OptimizerAccumulation(64)], n_train=128), 1, .05)
     assert learn.opt.state_dict()['state'][0]['step']==4
 
-@pytest.mark.parametrize('cb,words', [(MixedPrecision(), 'float16'), (GradientRelease(), "can't work with GradientRelease")], ids=['fp16','release'])
+@pytest.mark.parametrize('cb,words', [(MixedPrecision(), 'float16'), (GradientRelease(), "can't work with GradientRelease")],
+                         ids=['fp16','release'])
 def test_learner_refuses(cb, words):
     with pytest.raises(ValueError, match=words): fit(learner(adahessian(), [cb]))
 

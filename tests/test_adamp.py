@@ -45,7 +45,8 @@ def test_each_tensor_decides_for_itself(name, mode):
     opt.step()
     share = 1. if name=='adamp' else 1/(1-.9)
     for p,(w,g),ratio in zip(params, values, (.1,.1,1.)):
-        assert_same(p.detach(), torch.tensor(w, dtype=torch.float64)*(1-1e-3*share*ratio) - 1e-2*torch.tensor(g, dtype=torch.float64), **TOL[torch.float64])
+        assert_same(p.detach(), torch.tensor(w, dtype=torch.float64)*(1-1e-3*share*ratio) - 1e-2*torch.tensor(g, dtype=torch.float64),
+                    **TOL[torch.float64])
 
 @pytest.mark.parametrize('name', list(OPTS))
 def test_no_step_reads_a_value(name, monkeypatch):

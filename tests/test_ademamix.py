@@ -19,7 +19,8 @@ def test_warmups_are_as_long_as_the_fit(mode):
     learn,watch = learner('ademamix', mode, opt_kw=dict(alpha_warmup=-1, beta3_warmup=-1)),Watch()
     learn.fit_one_cycle(2, 1e-3, cbs=watch)
     assert len(watch.seen)==24 and all(h['fit_steps']==24 and h['alpha_warmup']==h['beta3_warmup']==-1 for o in watch.seen for h in o)
-    assert len({h['mom'] for o in watch.seen for h in o})>10 and all(h['beta3_start']==.9 for o in watch.seen for h in o) # one-cycle moves `mom`, not where the ramp starts
+    # one-cycle moves `mom`, not where the ramp starts
+    assert len({h['mom'] for o in watch.seen for h in o})>10 and all(h['beta3_start']==.9 for o in watch.seen for h in o)
     learn.validate(); learn.get_preds()
     assert learn.opt.hypers[0]['fit_steps']==24
     learn.fit(1, 1e-3)
@@ -28,7 +29,8 @@ def test_warmups_are_as_long_as_the_fit(mode):
 def test_with_decouple_lr():
     learn = learner('ademamix', 'native', opt_kw=dict(alpha_warmup=-1, decouple_lr=True, wd=1e-5))
     learn.fit_one_cycle(1, 1e-3)
-    assert {type(o).__name__ for o in learn.cbs} >= {'FitSteps','MaxLR'} and learn.opt.hypers[0]['fit_steps']==12 and learn.opt.hypers[0]['max_lr']==pytest.approx(1e-3)
+    assert ({type(o).__name__ for o in learn.cbs} >= {'FitSteps','MaxLR'} and learn.opt.hypers[0]['fit_steps']==12
+            and learn.opt.hypers[0]['max_lr']==pytest.approx(1e-3))
 
 def test_a_learner_is_the_number_given():
     res = []
@@ -87,18 +89,21 @@ def test_checkpoint_keeps_where_the_ramp_starts():
     b.load_state_dict(a.state_dict())
     assert b.hypers[0]['beta3_start']==.8 and b.hypers[0]['mom']==.95
 
-@pytest.mark.parametrize('kw', [dict(alpha_warmup=2.5), dict(beta3_warmup=-2), dict(alpha=-1.), dict(beta3=1.), dict(alpha_warmup=float('nan'))])
+@pytest.mark.parametrize('kw', [dict(alpha_warmup=2.5), dict(beta3_warmup=-2), dict(alpha=-1.), dict(beta3=1.),
+                                dict(alpha_warmup=float('nan'))])
 def test_bad_values(kw):
     (k,v), = kw.items()
     with pytest.raises(ValueError, match=f'{k}={v!r}'): AdEMAMix([nn.Parameter(torch.ones(1))], .1, **kw)
 
 def test_ramps():
     "Edges: no momentum to start from, a slow average that is none, a ramp downwards, and beyond the end"
-    assert [warmed_beta3(.99, 10, 0., t) for t in (10,11,1000)]==[.99]*3 and warmed_beta3(0., 10, 0., 3)==0. and warmed_beta3(.5, 0, .9, 1)==.5
+    assert ([warmed_beta3(.99, 10, 0., t) for t in (10,11,1000)]==[.99]*3 and warmed_beta3(0., 10, 0., 3)==0.
+            and warmed_beta3(.5, 0, .9, 1)==.5)
     assert all(warmed_beta3(.5, 10, .9, t)==.5 for t in range(1,12))
     b = [warmed_beta3(.99, 10, 0., t) for t in range(1,11)]
     assert b==sorted(b) and 0<b[0]<.99
-    for t in range(1,10): assert warmed_beta3(.999, 10, .9, t)==pytest.approx(np.exp(np.log(.9)*np.log(.999)/((1-t/10)*np.log(.999) + t/10*np.log(.9))), rel=1e-12)
+    for t in range(1,10): assert warmed_beta3(.999, 10, .9, t)==pytest.approx(np.exp(np.log(.9)*np.log(.999)/((1-t/10)*np.log(.999)
+        + t/10*np.log(.9))), rel=1e-12)
     assert [warmed_alpha(5., 0, 1), warmed_alpha(5., 10, 1), warmed_alpha(5., 10, 99)]==[5.,.5,5.]
 
 def test_no_callback_without_need():

@@ -11,9 +11,11 @@ from fastxtend_opt.engine.trace import trace_steppers
 from helpers import backend_of
 
 MODES = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer, triton=FusedOptimizer)
-SHAPES = [(5,), (1,), (20_011,), (3,4), (1,7), (7,1), (1,1), (300,97), (5,3,4), (6,5,3,3), (64,16,3,3), (8,6,1,1), (4,3,1,5), (2,1,3,1), (3,20_011), (40,2500), (2,3,70,80)]
+SHAPES = [(5,), (1,), (20_011,), (3,4), (1,7), (7,1), (1,1), (300,97), (5,3,4), (6,5,3,3), (64,16,3,3), (8,6,1,1), (4,3,1,5), (2,1,3,1),
+          (3,20_011), (40,2500), (2,3,70,80)]
 EMPTY = [(0,), (0,3), (3,0), (2,0,3,3)]
-modes = pytest.mark.parametrize('mode', [*(m for m in MODES if m!='triton'), pytest.param('triton', marks=pytest.mark.slow)]) # on a GPU they go through foreach; test_matrix has AdaFactor in mode triton
+# on a GPU they go through foreach; test_matrix has AdaFactor in mode triton
+modes = pytest.mark.parametrize('mode', [*(m for m in MODES if m!='triton'), pytest.param('triton', marks=pytest.mark.slow)])
 
 def make(mode, cbs, shapes=SHAPES, dtype=torch.float64, layout=None, groups=False, **hyper):
     "A native optimizer and its twin in `mode`, with equal parameters"
@@ -40,8 +42,10 @@ def same(ps, qs, a, b, rtol=1e-10, atol=1e-12):
         assert set(sa) == set(sb)
         for k in sa:
             if k == 'sr_step': continue # native mode counts state that a step has left alone too
-            if isinstance(sa[k], torch.Tensor): assert sa[k].shape == sb[k].shape and sa[k].dtype is sb[k].dtype, (k, p.shape, sa[k].shape, sb[k].shape)
-            torch.testing.assert_close(torch.as_tensor(sb[k]), torch.as_tensor(sa[k]), rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f'{tuple(p.shape)} state {k}: {m}')
+            if isinstance(sa[k], torch.Tensor):
+                assert sa[k].shape == sb[k].shape and sa[k].dtype is sb[k].dtype, (k, p.shape, sa[k].shape, sb[k].shape)
+            torch.testing.assert_close(torch.as_tensor(sb[k]), torch.as_tensor(sa[k]), rtol=rtol, atol=atol, equal_nan=True,
+                                       msg=lambda m: f'{tuple(p.shape)} state {k}: {m}')
 
 def run(ps, qs, a, b, n=4, layout=None, start=0, **tol):
     for i in range(start, start+n):
@@ -98,8 +102,10 @@ def adamp(p, lr, m=None, **kwargs):
         cos_all = (g*p.data).sum().abs()/(p.data.norm()*g.norm() + 1e-8)
         by_all = (cos_all < .02).logical_and(by_row.logical_not())
         hat = p.data/(pn + 1e-8)
-        u = torch.where(by_row, m - hat*(hat*m).sum(dims, keepdim=True), torch.where(by_all, m - p.data*(p.data*m).sum()/(p.data.norm()**2 + 1e-8), m))
-        ratio = torch.where(by_row | by_all, torch.full_like(cos, .1), torch.ones_like(cos)) # two numbers would be float32 in native mode, whatever the parameter
+        u = torch.where(by_row, m - hat*(hat*m).sum(dims, keepdim=True),
+                        torch.where(by_all, m - p.data*(p.data*m).sum()/(p.data.norm()**2 + 1e-8), m))
+        # two numbers would be float32 in native mode, whatever the parameter
+        ratio = torch.where(by_row | by_all, torch.full_like(cos, .1), torch.ones_like(cos))
     p.data.mul_(1 - lr*.01*ratio)
     p.data.sub_(lr*u)
     return dict(m=m)
@@ -155,7 +161,9 @@ def every_second(p, lr, step=0, row=None, **kwargs):
     return dict(row=row, step=step+1)
 
 STEPPERS = [adafactor, came, adamp, adam_mini, wholes, first_axis, middle, every_second]
-steppers = pytest.mark.parametrize('stepper', [pytest.param(f, marks=pytest.mark.slow if f in (came,adamp,middle) else ()) for f in STEPPERS], ids=lambda f: f.__name__) # algorithms have tests of their own
+# algorithms have tests of their own
+steppers = pytest.mark.parametrize('stepper', [pytest.param(f, marks=pytest.mark.slow if f in (came,adamp,middle) else ())
+                                               for f in STEPPERS], ids=lambda f: f.__name__)
 
 @modes
 @steppers
@@ -185,12 +193,14 @@ def test_layouts(stepper, mode, layout, grad):
     run(*make(mode, [stepper], [(6,5,3,3), (30,20), (4,3,5), (7,), (6,4,1,1)], layout=layout, lr=.1), n=3, layout=layout if grad else None)
 
 @modes
-@pytest.mark.parametrize('stepper', [adafactor, *(pytest.param(f, marks=pytest.mark.slow) for f in (adam_mini, every_second))], ids=lambda f: f.__name__)
+@pytest.mark.parametrize('stepper', [adafactor, *(pytest.param(f, marks=pytest.mark.slow) for f in (adam_mini, every_second))],
+                         ids=lambda f: f.__name__)
 def test_bfloat16(stepper, mode):
     "float32 arithmetic and state of reduced shape, as native keeps it"
     from fastxtend_opt.optimizer.storage import Storage
     shapes = [(5,), (3,4), (30,97), (6,5,3,3), (3,20_011)]
-    for storage in (Storage(), Storage(stochastic_rounding=True), Storage(state_dtype=torch.float32), Storage(kahan_sum=False, state_dtype=torch.bfloat16)):
+    for storage in (Storage(), Storage(stochastic_rounding=True), Storage(state_dtype=torch.float32),
+                    Storage(kahan_sum=False, state_dtype=torch.bfloat16)):
         ps,qs,_,b = make(mode, [stepper], shapes, dtype=torch.bfloat16, lr=.1)
         a = NativeOptimizer(ps, [stepper], lr=.1)
         a.storage = b.storage = storage
@@ -241,7 +251,8 @@ def test_refused(mode):
     def indices(p, **kwargs): p.data.sub_(p.grad.data.max(dim=-1, keepdim=True)[0])
     def grows(p, **kwargs): p.grad.data.mean(-1, keepdim=True).add_(p.data)
     def shrinks(p, m=None, **kwargs): return dict(m=p.grad.data.clone() if m is None else p.grad.data.mean(-1, keepdim=True))
-    for f,error,match in ((no_keep, UnsupportedError, 'keepdim=True'), (no_such, IndexError, 'axis 2'), (indices, UnsupportedError, 'amax'), (grows, UnsupportedError, 'larger shape')):
+    for f,error,match in ((no_keep, UnsupportedError, 'keepdim=True'), (no_such, IndexError, 'axis 2'), (indices, UnsupportedError, 'amax'),
+                          (grows, UnsupportedError, 'larger shape')):
         _,qs,_,b = make(mode, [weight_decay, f], [(3,4)], lr=.1, wd=.1)
         qs[0].grad = torch.ones_like(qs[0]); before = qs[0].detach().clone()
         with pytest.raises(error, match=match): b.step()
@@ -259,7 +270,8 @@ def test_axes_without_sizes(mode):
     assert b._by_shape == 'axes' and sorted(map(len, b._plan.cohorts)) == [1,1,3]
 
 # ---------------------------------------------------------------- C++: threads, chunks, what is served by a kernel
-WIDE = [(700,600), (7,), (40,30,70), (3,9), (2,90_001), (520,12,3,3), (2,130,700), (30,20)] # shared by all threads: one matrix, many small ones, long rows, two matrices
+# shared by all threads: one matrix, many small ones, long rows, two matrices
+WIDE = [(700,600), (7,), (40,30,70), (3,9), (2,90_001), (520,12,3,3), (2,130,700), (30,20)]
 @pytest.mark.parametrize('stepper', [adafactor, came, adamp, wholes], ids=lambda f: f.__name__)
 def test_threads(stepper):
     "Tensors that threads share: as native, and the same bits whatever the number of threads"
@@ -268,7 +280,8 @@ def test_threads(stepper):
         for threads in (1,2,5):
             torch.set_num_threads(threads)
             ps,qs,a,b = make('fused', [weight_decay, stepper], WIDE, dtype=torch.float32 if threads > 1 else torch.float64, lr=.1, wd=.01)
-            if threads == 1: run(ps, qs, a, b, n=2); ps,qs,a,b = make('fused', [weight_decay, stepper], WIDE, dtype=torch.float32, lr=.1, wd=.01)
+            if threads == 1: run(ps, qs, a, b, n=2); ps,qs,a,b = make('fused', [weight_decay, stepper], WIDE, dtype=torch.float32, lr=.1,
+                                                                      wd=.01)
             for i in range(2): grads(ps, qs, i); b.step()
             seen.append([q.detach().clone() for q in qs] + [v for q in qs for v in b.state[q].values()])
             if threads > 1: assert any(len(l.groups[threads][0][1]) for l in b._plan.launches.values()) # wide groups
@@ -284,10 +297,13 @@ def served(stepper, shapes, layout=None, mode='fused'):
 
 def test_what_has_a_kernel():
     "Rows, columns and matrices do, in the C++ kernels; other patterns, layouts and GPUs take the foreach path"
-    assert all(served(adafactor, [(3,4), (5,3,4), (6,5,3,3), (7,)])) and all(served(adam_mini, [(3,4), (6,5,3,3), (7,)])) and all(served(first_axis, [(3,4), (3,)]))
-    assert not any(served(middle, [(3,4,5)])) and not any(served(adafactor, [(6,5,3,3)], _channels_last)) and not any(served(adafactor, [(3,4)], mode='triton'))
+    assert (all(served(adafactor, [(3,4), (5,3,4), (6,5,3,3), (7,)])) and all(served(adam_mini, [(3,4), (6,5,3,3), (7,)]))
+            and all(served(first_axis, [(3,4), (3,)])))
+    assert (not any(served(middle, [(3,4,5)])) and not any(served(adafactor, [(6,5,3,3)], _channels_last))
+            and not any(served(adafactor, [(3,4)], mode='triton')))
     def one(p, lr, **kwargs): p.data.sub_(p.grad.data/p.grad.data.norm(2, tuple(range(p.ndim)), True))
-    assert all(served(one, [(3,4)], mode='triton')) and all(served(one, [(6,5,3,3)], _channels_last)) # one value a tensor, with axes of size 1
+    # one value a tensor, with axes of size 1
+    assert all(served(one, [(3,4)], mode='triton')) and all(served(one, [(6,5,3,3)], _channels_last))
 
 def test_one_kernel_for_all_sizes():
     "Two and four axes, and all sizes, run the same kernel in one launch"

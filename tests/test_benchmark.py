@@ -109,7 +109,8 @@ def test_bytes(n_state, kw, want): assert B.step_bytes(n_state, **kw)==pytest.ap
 
 
 @pytest.mark.parametrize('optimizer,want', [('sgd',20), ('rmsprop',20), ('adam',28), ('radam',28), ('qhadam',28), ('larc',28), ('lamb',40),
-                                            ('ranger',28+8/6), ('adan',44), ('lion',20), ('sophia',24), ('stableadam',40), ('adamw_schedulefree',28)])
+                                            ('ranger',28+8/6), ('adan',44), ('lion',20), ('sophia',24), ('stableadam',40),
+                                            ('adamw_schedulefree',28)])
 def test_bytes_of_real_states(optimizer, want):
     "The count of states is that of the optimizer that ran"
     rows = B.bench_case(TINY['tiny'], optimizer, ('foreach',), (), rounds=1, warmup=0)['rows']
@@ -140,7 +141,8 @@ def test_limit_touches_all_and_changes_nothing():
     lim.step()
     assert all(torch.equal(a, p) for a,p in zip(before, ps.params))
     assert sum(n for _,_,n in lim.chunks)==33035
-    with pytest.raises(ValueError, match='give a number of states >= 0, or a list with one entry for each of the 2 parameters'): B.MemoryLimit(ps, -1)
+    with pytest.raises(ValueError, match='give a number of states >= 0, or a list with one entry for each of the 2 parameters'):
+        B.MemoryLimit(ps, -1)
     with pytest.raises(ValueError, match='one entry for each of the 2 parameters'): B.MemoryLimit(ps, [1])
 
 
@@ -236,7 +238,8 @@ def test_peer_table_is_used():
     "No row of the table is left over from an algorithm that is gone"
     for o,row in B.peer_table.items():
         assert set(row)<=set(B.bench_peers), o
-        for lib,r in row.items(): assert isinstance(r, str) or (len(r) in (2,3) and isinstance(r[0], str) and isinstance(r[1], dict)), (o,lib)
+        for lib,r in row.items():
+            assert isinstance(r, str) or (len(r) in (2,3) and isinstance(r[0], str) and isinstance(r[1], dict)), (o,lib)
     assert ('torch','AdamW','betas=(0.9, 0.99), eps=1e-05','') in B.peer_rows('adam') and B.peer_rows('nobody')==[]
     assert B.peer_rows('sophia')[0][:2]==('pytorch_optimizer','')
 
@@ -255,7 +258,8 @@ def test_catalogue_resumes(tmp_path, monkeypatch):
         if o=='lamb' and asked.count('lamb')==1: raise KeyboardInterrupt
         return real(model, o, *a, **k)
     monkeypatch.setattr(catalogue, 'bench_case', case)
-    run = lambda **kw: B.bench_catalogue(tmp_path, model=ONE, modes=('foreach','fused'), peers=('torch',), rounds=2, warmup=0, progress=False, **kw)
+    run = lambda **kw: B.bench_catalogue(tmp_path, model=ONE, modes=('foreach','fused'), peers=('torch',), rounds=2, warmup=0,
+                                         progress=False, **kw)
     with pytest.raises(KeyboardInterrupt): run()
     half = json.loads((tmp_path/'catalogue.json').read_text())
     assert list(half['optimizers'])==['adam'] and not half['complete'] and 'Not complete' in (tmp_path/'catalogue.md').read_text()
@@ -264,7 +268,8 @@ def test_catalogue_resumes(tmp_path, monkeypatch):
     assert res['optimizers']['adam']==half['optimizers']['adam'] and json.loads((tmp_path/'catalogue.json').read_text())==res
     assert sorted(f.name for f in tmp_path.iterdir())==['catalogue.json','catalogue.md','catalogue.png']
     again = run(optimizers='Lamb') # one of them, again
-    assert asked[4:]==['lamb'] and again['optimizers']['sgd']==res['optimizers']['sgd'] and again['optimizers']['lamb']!=res['optimizers']['lamb']
+    assert (asked[4:]==['lamb'] and again['optimizers']['sgd']==res['optimizers']['sgd']
+            and again['optimizers']['lamb']!=res['optimizers']['lamb'])
     run()
     assert asked[5:]==['adam','lamb','sgd'] # it was complete
 
@@ -284,19 +289,25 @@ def test_catalogue_by_hand():
     def row(who, ms, bytes_=28):
         lib,mode = ('','memory limit') if who=='memory limit' else who.split()
         return dict(contestant=who, lib=lib, mode=mode, step=dict(median=ms), bytes_per_element=bytes_)
-    rows = [row('fastai native', 100.), row('fastxtend_opt native', 90.), row('fastxtend_opt foreach', 50.), row('fastxtend_opt jit', 40.), row('fastxtend_opt fused', 20.),
+    rows = [row('fastai native', 100.), row('fastxtend_opt native', 90.), row('fastxtend_opt foreach', 50.), row('fastxtend_opt jit', 40.),
+            row('fastxtend_opt fused', 20.),
             row('torch loop', 60.), row('torch fused', 22.), row('timm foreach', 45.), row('memory limit', 14.)]
-    e = catalogue._catalogue_entry(dict(rows=rows, missing=[dict(who='po', why='gone', optimizer='adam')]), get_optimizer('adam'), [1.,1.,1.], 3.)
+    e = catalogue._catalogue_entry(dict(rows=rows, missing=[dict(who='po', why='gone', optimizer='adam')]), get_optimizer('adam'),
+                                   [1.,1.,1.], 3.)
     assert e['of_limit']==.7 and e['of_limit_goal']==.75 and e['of_limit_reached'] is False
     assert e['best_peer']=='torch fused' and e['vs_best_peer']==dict(foreach=22/50, jit=22/40, fused=1.1) and e['none_slower'] is False
     assert e['best_unfused_peer']=='timm foreach' and e['vs_best_unfused_peer']==dict(foreach=.9, jit=45/40, fused=2.25)
     lamb = catalogue._catalogue_entry(dict(rows=rows, missing=[]), get_optimizer('lamb'), None, 3.)
     assert lamb['of_limit_goal']==.6 and lamb['of_limit_reached'] is True
-    alone = catalogue._catalogue_entry(dict(rows=rows[:5], missing=[]), get_optimizer('adam'), None, 3.) # neither peer nor limit: neither reached nor missed
+    # neither peer nor limit: neither reached nor missed
+    alone = catalogue._catalogue_entry(dict(rows=rows[:5], missing=[]), get_optimizer('adam'), None, 3.)
     assert alone['best_peer'] is None and alone['none_slower'] is None and alone['of_limit_reached'] is None
-    text = B.catalogue_report(dict(optimizers=dict(adam=e, lamb=lamb, alone=alone), model='custom', complete=True, rounds=1, machine=B.machine_info()))
-    assert '| adam | elementwise | 28 | 20 | 14 | 0.70 | >= 0.75 | **no** |' in text and '| lamb | reduction | 28 | 20 | 14 | 0.70 | >= 0.6 | yes |' in text
-    assert '1 of 2 reach the goal' in text and '- po (adam): gone' in text and '| adam | torch fused | **0.44** | **0.55** | 1.1 | **no** | timm foreach | **0.90** | 1.12 | 2.25 |' in text
+    text = B.catalogue_report(dict(optimizers=dict(adam=e, lamb=lamb, alone=alone), model='custom', complete=True, rounds=1,
+                                   machine=B.machine_info()))
+    assert ('| adam | elementwise | 28 | 20 | 14 | 0.70 | >= 0.75 | **no** |' in text
+            and '| lamb | reduction | 28 | 20 | 14 | 0.70 | >= 0.6 | yes |' in text)
+    assert ('1 of 2 reach the goal' in text and '- po (adam): gone' in text
+            and '| adam | torch fused | **0.44** | **0.55** | 1.1 | **no** | timm foreach | **0.90** | 1.12 | 2.25 |' in text)
 
 
 def test_cli_catalogue(tmp_path, capsys):

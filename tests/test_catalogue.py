@@ -1,4 +1,5 @@
-"""The catalogue is complete: for each registered optimizer a page, a formula, a figure, an oracle, a row, a measured speed; and the table sorts
+"""The catalogue is complete: for each registered optimizer a page, a formula, a figure, an oracle, a row, a measured speed; and the table
+sorts
 
 What is missing is named by the test that fails; `nbs/guides/add_an_optimizer.ipynb` says how to make each of them."""
 import importlib, json, re, shutil, subprocess, sys
@@ -28,7 +29,8 @@ def page_of(info): return ROOT/'nbs'/re.sub(r'\.html$', '.ipynb', info.page)
 
 def saved_catalogue():
     "The table that the site shows"
-    outs = [text(o.get('data', {}).get('text/html')) for c in cells(ROOT/'nbs'/'catalogue.ipynb') if c['cell_type']=='code' for o in c['outputs']]
+    outs = [text(o.get('data', {}).get('text/html')) for c in cells(ROOT/'nbs'/'catalogue.ipynb') if c['cell_type']=='code'
+            for o in c['outputs']]
     return next((o for o in outs if 'class="catalogue"' in o), '')
 
 def of_test_oracles():
@@ -48,7 +50,8 @@ def formula(o):
     return f'a displayed formula ($$) in {page_of(o).name}'
 
 def figure(o):
-    if page_of(o).is_file() and any('image/png' in out.get('data', {}) for c in cells(page_of(o)) if c['cell_type']=='code' for out in c['outputs']): return
+    if page_of(o).is_file() and any('image/png' in out.get('data', {}) for c in cells(page_of(o)) if c['cell_type']=='code'
+                                    for out in c['outputs']): return
     return f'a saved figure in {page_of(o).name}: plot_paths([...]) in it, then `nbdev-test nbs/algorithms/{page_of(o).name} --save`'
 
 def oracle(o):
@@ -67,12 +70,14 @@ def row(o):
 def speed(o):
     if o.kind=='matrix': # measured by another command
         f = ROOT/'bench'/'results'/'matrices.json'
-        if f.is_file() and any((r['optimizer'],r['contestant'])==(o.name,'fastxtend_opt fused') for r in json.loads(f.read_text())['rows']): return
+        if f.is_file() and any((r['optimizer'],r['contestant'])==(o.name,'fastxtend_opt fused')
+                               for r in json.loads(f.read_text())['rows']): return
         return f'an entry with a fused step in bench/results/matrices.json: `fastxtend-opt bench --matrices --out bench/results`'
     f = ROOT/'bench'/'results'/'catalogue.json'
     e = json.loads(f.read_text())['optimizers'].get(o.name) if f.is_file() else None
     if not e or not e['step'].get('fastxtend_opt fused') or not e['of_limit']:
-        return f'an entry with a fused step and a memory limit in bench/results/catalogue.json: `fastxtend-opt bench --catalogue --optimizers {o.name} --out bench/results`'
+        return ('an entry with a fused step and a memory limit in bench/results/catalogue.json: '
+                f'`fastxtend-opt bench --catalogue --optimizers {o.name} --out bench/results`')
 
 def exports(o):
     "Is what the notebook exports part of `fastxtend_opt.all`?"
@@ -113,12 +118,15 @@ def test_contestants_can_be_made(name):
 
 def test_missing_parts_are_named():
     "An optimizer that only registers is told everything that it lacks"
-    ghost = registry.OptimizerInfo(name='ghost', func=get_optimizer('sgd').func, title='Ghost', paper='', year=2020, category='fixed', kind='elementwise', state=(),
+    ghost = registry.OptimizerInfo(name='ghost', func=get_optimizer('sgd').func, title='Ghost', paper='', year=2020, category='fixed',
+                                   kind='elementwise', state=(),
                                    oracle='reference.Ghost', page='algorithms/ghost.html')
     said = {k:f(ghost) for k,f in (PARTS | dict(speed=speed)).items()}
     assert said['page']=='nbs/algorithms/ghost.ipynb: copy nbs/algorithms/_template.ipynb'
-    assert said['oracle']=='tests/oracles/ghost.py' and 'formula' in said['formula'] and 'nbdev-test nbs/algorithms/ghost.ipynb --save' in said['figure']
-    assert 'nbs/catalogue.ipynb' in said['row'] and '--optimizers ghost' in said['speed'] and said['data']=='paper, authors, settings, factory in its `register` call'
+    assert (said['oracle']=='tests/oracles/ghost.py' and 'formula' in said['formula']
+            and 'nbdev-test nbs/algorithms/ghost.ipynb --save' in said['figure'])
+    assert ('nbs/catalogue.ipynb' in said['row'] and '--optimizers ghost' in said['speed']
+            and said['data']=='paper, authors, settings, factory in its `register` call')
     assert said['exports'] is None # it is SGD's module
 
 # --- the table ------------------------------------------------------------------------------------
@@ -169,7 +177,8 @@ def test_a_part_of_the_table():
     with pytest.raises(ValueError, match="category='slow' is unknown"): C.catalogue_rows(category='slow')
 
 def test_what_is_written_in_settings_is_escaped():
-    r = dict(C.catalogue_row(get_optimizer('sgd')), title='<b>&', paper='"<i>"', settings=[['a < b', '`x<y`', '[s](https://x.org/?a=1&b=2)']], needs='<script>')
+    r = dict(C.catalogue_row(get_optimizer('sgd')), title='<b>&', paper='"<i>"',
+             settings=[['a < b', '`x<y`', '[s](https://x.org/?a=1&b=2)']], needs='<script>')
     page = C.catalogue_html([r])
     for bad in ('<b>', '<i>', 'x<y', 'a < b'): assert bad not in page
     assert page.count('<script>')==1 and '<a href="https://x.org/?a=1&amp;b=2">s</a>' in page and '<code>x&lt;y</code>' in page
@@ -179,14 +188,18 @@ def test_it_sorts():
     node,chromium = shutil.which('node'),shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     assert re.search(r'<[a-zA-Z]', C._script.replace('<script>', ''))is None # the renderer would take it for a tag
     if not chromium: pytest.skip('needs chromium to run the script')
-    check = '''<script>const t = document.querySelector('table.catalogue'), years = () => [...t.tBodies[0].rows].map(r => r.cells[1].textContent).join();
+    check = '''<script>const t = document.querySelector('table.catalogue'), 
+    years = () => [...t.tBodies[0].rows].map(r => r.cells[1].textContent).join();
     const b = t.tHead.rows[0].cells[1].querySelector('button'); b.click(); const up = years(); b.click();
-    document.title = 'done'; document.body.innerHTML = '<p id=up>' + up + '</p><p id=down>' + years() + '</p><p id=aria>' + t.tHead.rows[0].cells[1].getAttribute('aria-sort') + '</p>'</script>'''
+    document.title = 'done'; const aria = t.tHead.rows[0].cells[1].getAttribute('aria-sort');
+    document.body.innerHTML = '<p id=up>' + up + '</p><p id=down>' + years() + '</p><p id=aria>' + aria + '</p>'</script>'''
     import tempfile
     with tempfile.TemporaryDirectory() as d:
         f = Path(d)/'t.html'
-        f.write_text(f'<!DOCTYPE html><html><head><meta charset="utf-8"></head><body>{C.catalogue_html()}{check}</body></html>', encoding='utf-8')
-        r = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom', f'--user-data-dir={d}/profile', f.as_uri()], capture_output=True, text=True, timeout=120)
+        f.write_text(f'<!DOCTYPE html><html><head><meta charset="utf-8"></head><body>{C.catalogue_html()}{check}</body></html>',
+                     encoding='utf-8')
+        r = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--dump-dom', f'--user-data-dir={d}/profile',
+                            f.as_uri()], capture_output=True, text=True, timeout=120)
     got = {k:re.search(rf'<p id="{k}">([^<]*)</p>', r.stdout)[1] for k in ('up','down','aria')}
     years = sorted(str(o.year) for o in list_optimizers())
     assert got==dict(up=','.join(years), down=','.join(years[::-1]), aria='descending')
@@ -197,16 +210,20 @@ def test_template_runs():
     "Every code cell of the template, in order, in a process of its own: what it shows to copy is true"
     code = ("import sys; from execnb.shell import CaptureShell; s = CaptureShell(); s.execute(sys.argv[1], exc_stop=True); "
             "assert 'signum' in s.user_ns, 'nothing ran'; assert s.user_ns['get_optimizer']('signum').title=='Signum'")
-    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(ROOT/'nbs'/'algorithms'/'_template.ipynb')], capture_output=True, text=True, cwd=ROOT)
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(ROOT/'nbs'/'algorithms'/'_template.ipynb')], capture_output=True,
+                       text=True, cwd=ROOT)
     assert r.returncode==0, r.stdout[-2000:]+r.stderr[-4000:]
 
 GUIDE = ROOT/'nbs'/'guides'/'add_an_optimizer.ipynb'
-def blocks(lang): return re.findall(rf'```{lang}\n(.*?)```', '\n'.join(text(c['source']) for c in cells(GUIDE) if c['cell_type']=='markdown'), re.S)
+def blocks(lang): return re.findall(rf'```{lang}\n(.*?)```', '\n'.join(text(c['source'])
+                                                                       for c in cells(GUIDE) if c['cell_type']=='markdown'), re.S)
 
 def test_guide_names_what_exists():
     src = '\n'.join(text(c['source']) for c in cells(GUIDE))
     for name in set(re.findall(r'`(test_\w+\.py)`', src)): assert (ROOT/'tests'/name).is_file(), name
-    for name in set(re.findall(r'`((?:nbs|tests|fastxtend_opt)/[\w/]+\.(?:py|ipynb))`', src)) - {'tests/reference/signum.py','tests/oracles/signum.py'}: assert (ROOT/name).is_file(), name
+    for name in set(re.findall(r'`((?:nbs|tests|fastxtend_opt)/[\w/]+\.(?:py|ipynb))`', src)) - {'tests/reference/signum.py',
+        'tests/oracles/signum.py'}:
+        assert (ROOT/name).is_file(), name
     assert f"cp {(ROOT/'nbs'/'algorithms'/'_template.ipynb').relative_to(ROOT)} " in src
     from fastxtend_opt.tools.cli import _parser
     for line in re.findall(r'^fastxtend-opt (.*)$', '\n'.join(blocks('bash')), re.M): _parser().parse_args(line.split())
@@ -228,7 +245,8 @@ def test_guides_reference_is_the_templates_optimizer(monkeypatch):
     ons = {}
     exec(oracle.replace('from reference.signum import Signum', '').replace('from . import peer', 'from oracles import peer'), ons)
     ons['Signum'] = ns['Signum']
-    assert {k:v for k,v in ons['DEFAULTS'].items()}=={k:p.default for k,p in __import__('inspect').signature(own['Signum']).parameters.items() if k in ons['DEFAULTS']}
+    assert {k:v for k,v in ons['DEFAULTS'].items()}=={k:p.default for k,
+        p in __import__('inspect').signature(own['Signum']).parameters.items() if k in ons['DEFAULTS']}
     for h in ons['CASES']:
         for decouple_wd in (True,False):
             p = torch.nn.Parameter(torch.linspace(-1, 1, 7, dtype=torch.float64))

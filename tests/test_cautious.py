@@ -47,8 +47,10 @@ def test_modes_agree_or_it_is_refused(name):
     if (msg := refused(name)): assert 'cautious=True' in msg and 'decays the weights and steps in one' in msg and 'Leave out' in msg; return
     assert name not in REFUSED
     ref,plain = life(name, 'native', wd=.1),life(name, 'native', wd=.1, cautious=name in ('cadamw','clion'))
-    assert any(not torch.equal(a, b) for a,b in zip(ref['params'], plain['params'])) == (name not in ('cadamw','clion')) # something was masked
-    for mode in MODES if name in ('adam','lamb','mars') else MODES[:3]: assert_same(life(name, mode, wd=.1), ref, **(dict(rtol=1e-9, atol=1e-11) if mode=='triton' else TOL[torch.float64]), path=mode)
+    # something was masked
+    assert any(not torch.equal(a, b) for a,b in zip(ref['params'], plain['params'])) == (name not in ('cadamw','clion'))
+    for mode in MODES if name in ('adam','lamb','mars') else MODES[:3]:
+        assert_same(life(name, mode, wd=.1), ref, **(dict(rtol=1e-9, atol=1e-11) if mode=='triton' else TOL[torch.float64]), path=mode)
 
 def test_who_refuses(): assert {n for n in NAMES if refused(n)} >= REFUSED and not refused('adam')
 
@@ -89,10 +91,12 @@ def test_nothing_agrees(mode):
     assert torch.equal(before, p) and opt.state[p]['step']==2
 
 @all_modes
-@pytest.mark.parametrize('kw', [dict(kahan_sum=True), dict(stochastic_rounding=True), dict(state_dtype=torch.float32)], ids=lambda o: next(iter(o)))
+@pytest.mark.parametrize('kw', [dict(kahan_sum=True), dict(stochastic_rounding=True), dict(state_dtype=torch.float32)],
+                         ids=lambda o: next(iter(o)))
 def test_low_precision(mode, kw):
     "As in float32, up to the rounding of state and gradient"
-    low,full = (life('adam', mode, dtype=d, wd=0., shapes=((64,),(8,8),(3,)), **(kw if d==torch.bfloat16 else {})) for d in (torch.bfloat16, torch.float32))
+    low,full = (life('adam', mode, dtype=d, wd=0., shapes=((64,),(8,8),(3,)), **(kw if d==torch.bfloat16 else {}))
+                for d in (torch.bfloat16, torch.float32))
     for a,b in zip(low['params'], full['params']): assert (a.float()-b).abs().max() < .03
     assert any('kahan_comp' in s for s in low['opt']['state']) == ('stochastic_rounding' not in kw)
 
@@ -111,7 +115,8 @@ def test_decouple_lr(mode):
     assert_same(life('adam', mode, **kw), life('adam', 'native', **kw), **TOL[torch.float64])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        with pytest.raises(ValueError, match='stableadam_step decays the weights and steps in one'): make('stableadam', [nn.Parameter(torch.ones(2))], decouple_lr=True)
+        with pytest.raises(ValueError, match='stableadam_step decays the weights and steps in one'):
+            make('stableadam', [nn.Parameter(torch.ones(2))], decouple_lr=True)
 
 @modes
 @pytest.mark.parametrize('name', ['adam','lion','ranger'])
@@ -121,7 +126,8 @@ def test_optimizer_accumulation(name, mode):
     assert_same(a, b, **TOL[torch.float64])
     start = make_params(SHAPES_C, torch.float64, big=False, channels_last=False)
     assert all(torch.equal(p.detach(), q) for p,q in zip(start, life(name, mode, n=2, accumulate=3)['params']))
-    with pytest.raises(NotImplementedError, match='keep no average'): make('sgd', [nn.Parameter(torch.ones(2))], mode, mom=0.).optimizer_accumulation = True
+    with pytest.raises(NotImplementedError, match='keep no average'):
+        make('sgd', [nn.Parameter(torch.ones(2))], mode, mom=0.).optimizer_accumulation = True
 
 @all_modes
 def test_gradient_release(mode):
@@ -161,7 +167,8 @@ def test_own_steppers(mode):
         p.data.sub_(grad_avg, alpha=lr)
         return {'taken': taken+1}
     p = nn.Parameter(torch.ones(2, dtype=torch.float64))
-    with backend_of(mode): opt = make_optimizer([p], [weight_decay, step_stat, average_grad, my_step], lr=.1, mom=.5, wd=.1, cautious=True, **flags(mode))
+    with backend_of(mode): opt = make_optimizer([p], [weight_decay, step_stat, average_grad, my_step], lr=.1, mom=.5, wd=.1, cautious=True,
+                                                **flags(mode))
     for g in ([1.,1.],[1.,-.1]): p.grad = torch.tensor(g, dtype=torch.float64); opt.step()
     first = .99-.1
     assert p.tolist()==pytest.approx([first*.99-.1*1.5/.5, first*.99], rel=1e-12) and opt.state[p]['taken']==2
@@ -170,8 +177,10 @@ def test_refusals():
     ps = [nn.Parameter(torch.ones(2))]
     def both(p, lr, wd, **kwargs): p.data.sub_(p.grad.data + wd*p.data, alpha=lr)
     def needs(p, missing, **kwargs): p.data.sub_(missing)
-    with pytest.raises(ValueError, match='cautious=True: both decays the weights and steps in one'): make_optimizer(ps, both, lr=.1, wd=0., cautious=True)
-    with pytest.raises(ValueError, match='no stepper of average_grad changes'): make_optimizer(ps, average_grad, lr=.1, mom=.9, cautious=True)
+    with pytest.raises(ValueError, match='cautious=True: both decays the weights and steps in one'):
+        make_optimizer(ps, both, lr=.1, wd=0., cautious=True)
+    with pytest.raises(ValueError, match='no stepper of average_grad changes'):
+        make_optimizer(ps, average_grad, lr=.1, mom=.9, cautious=True)
     with pytest.raises(ValueError, match="the steppers were traced.*'missing'"): make_optimizer(ps, needs, lr=.1, cautious=True)
     with pytest.raises(ValueError, match='cautious=False gives plain Lion'): get_optimizer('clion').func(ps, .1, cautious=False)
 

@@ -50,7 +50,8 @@ def test_fingerprint_has_what_decides(who):
     assert not prints({'adam':who['adam']._replace(defaults='others')})&base
 
 
-@pytest.mark.parametrize('kw,say', [(dict(task_names=['poetry']), 'poetry: there is no such task. There are text, digits, table'), (dict(seeds=0), 'seeds=0: it must be 1 or more')])
+@pytest.mark.parametrize('kw,say', [(dict(task_names=['poetry']), 'poetry: there is no such task. There are text, digits, table'),
+                                    (dict(seeds=0), 'seeds=0: it must be 1 or more')])
 def test_bad_jobs(who, kw, say):
     with pytest.raises(ValueError, match=say): C.make_jobs(who, **kw)
 
@@ -106,7 +107,8 @@ def test_worse_than_untrained_is_a_divergence(job):
     assert r['status']=='worse' and 'above the' in r['reason'], r
 
 
-@pytest.mark.parametrize('change,say', [(dict(lr=-1.), 'lr=-1.0 is out of range'), (dict(optimizer='nonsense'), "There is no optimizer 'nonsense'")])
+@pytest.mark.parametrize('change,say', [(dict(lr=-1.), 'lr=-1.0 is out of range'),
+                                        (dict(optimizer='nonsense'), "There is no optimizer 'nonsense'")])
 def test_error_is_a_result(job, change, say):
     r = C.run_training(dict(job, **change))
     assert r['status']=='error' and say in r['reason']
@@ -168,7 +170,8 @@ def test_resumes_after_an_interrupt(who, tmp_path, monkeypatch):
 
 
 def test_results_of_two_runs_merge(who, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, 'run_training', lambda j: dict(j, status='ok', reason='', train=[1.], valid=[j['lr']], untrained=2., bytes=8., params=10, seconds=0., cpu=0.))
+    monkeypatch.setattr(workers, 'run_training', lambda j: dict(j, status='ok', reason='', train=[1.], valid=[j['lr']], untrained=2.,
+                                                                bytes=8., params=10, seconds=0., cpu=0.))
     a,b,both = tmp_path/'a',tmp_path/'b',tmp_path/'both'
     C.run_compare({'adam':who['adam']}, a, seeds=2, **SHORT)
     C.run_compare({'sgd':who['sgd']}, b, seeds=1, **SHORT)
@@ -176,17 +179,20 @@ def test_results_of_two_runs_merge(who, tmp_path, monkeypatch):
     (both/'compare.jsonl').write_text((a/'compare.jsonl').read_text()+(b/'compare.jsonl').read_text())
     assert len(C.load_rows(both))==6+3
     new = []
-    monkeypatch.setattr(workers, 'run_training', lambda j: (new.append((j['optimizer'],j['seed'])), dict(j, status='ok', reason='', train=[1.], valid=[1.], seconds=0.))[1])
+    monkeypatch.setattr(workers, 'run_training', lambda j: (new.append((j['optimizer'],j['seed'])),
+                                                            dict(j, status='ok', reason='', train=[1.], valid=[1.], seconds=0.))[1])
     assert len(C.run_compare(who, both, seeds=2, **SHORT))==12
     assert set(new)=={('sgd',1)} and len(new)==3
 
 
 def test_errors_are_tried_again_divergences_are_not(who, tmp_path, monkeypatch):
     status = dict(adam='error', sgd='nan')
-    monkeypatch.setattr(workers, 'run_training', lambda j: dict(j, status=status[j['optimizer']], reason='why', train=[], valid=[], seconds=0.))
+    monkeypatch.setattr(workers, 'run_training', lambda j: dict(j, status=status[j['optimizer']], reason='why', train=[], valid=[],
+                                                                seconds=0.))
     C.run_compare(who, tmp_path, seeds=1, **SHORT)
     ran = []
-    monkeypatch.setattr(workers, 'run_training', lambda j: (ran.append(j['optimizer']), dict(j, status='ok', reason='', train=[1.], valid=[1.], seconds=0.))[1])
+    monkeypatch.setattr(workers, 'run_training', lambda j: (ran.append(j['optimizer']),
+                                                            dict(j, status='ok', reason='', train=[1.], valid=[1.], seconds=0.))[1])
     rows = C.run_compare(who, tmp_path, seeds=1, **SHORT)
     assert set(ran)=={'adam'} and len(ran)==3
     assert {(r['optimizer'],r['status']) for r in rows}=={('adam','ok'),('sgd','nan')}
@@ -213,7 +219,8 @@ def test_too_long(job, monkeypatch):
     class Slow(workers._Process):
         def start(self):
             self.err = open(os.devnull)
-            self.p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      text=True)
     w = Slow()
     r = w.run(job, .3)
     assert r['status']=='error' and r['reason']=='took more than 0.3 s' and w.p is None
@@ -239,8 +246,10 @@ def test_bar(who, capsys):
 
 def _row(optimizer, power, seed, valid, status='ok', task='table', **kw):
     lr = dict(adam=.001, sgd=.1)[optimizer]*3.**power
-    return dict(task=task, optimizer=optimizer, power=power, lr=round(lr, 6), seed=seed, epochs=2, steps=20, fingerprint='x', status=status, reason='' if status=='ok' else 'training loss nan at step 3',
-                train=list(valid), valid=list(valid), untrained=4., params=100, bytes=dict(adam=8., sgd=4.)[optimizer], seconds=1., cpu=1., **kw)
+    return dict(task=task, optimizer=optimizer, power=power, lr=round(lr, 6), seed=seed, epochs=2, steps=20, fingerprint='x', status=status,
+                reason='' if status=='ok' else 'training loss nan at step 3',
+                train=list(valid), valid=list(valid), untrained=4., params=100, bytes=dict(adam=8., sgd=4.)[optimizer], seconds=1., cpu=1.,
+                **kw)
 
 
 @pytest.fixture
@@ -302,15 +311,18 @@ def test_tables(result):
 
 def test_report(result, tmp_path):
     md = C.compare_report(result)
-    assert '12 trainings, 1 of them diverged' in md and '| table | SGD | 0.1 | 1 | training loss nan at step 3 |' in md and 'Target: 1.34.' in md
+    assert ('12 trainings, 1 of them diverged' in md and '| table | SGD | 0.1 | 1 | training loss nan at step 3 |' in md
+            and 'Target: 1.34.' in md)
     files = C.save_compare(result, tmp_path)
-    assert [f.name for f in files]==['compare.json','compare.md','compare.png','compare_curves.png'] and all(f.stat().st_size for f in files)
+    assert ([f.name for f in files]==['compare.json','compare.md','compare.png','compare_curves.png']
+            and all(f.stat().st_size for f in files))
     again = json.loads(files[0].read_text())
     assert C.compare_report(again)==md                                     # what a page reads from the file says the same
     C.plot_rates(again); C.plot_curves(again)
 
 
-@pytest.mark.parametrize('rows', [[_row('sgd', 0, 0, [1., .4])], [_row('sgd', 0, 0, [], 'nan')], [_row('adam', 0, 0, [2., 1.]), _row('sgd', 0, 0, [], 'error')], []])
+@pytest.mark.parametrize('rows', [[_row('sgd', 0, 0, [1., .4])], [_row('sgd', 0, 0, [], 'nan')],
+                                  [_row('adam', 0, 0, [2., 1.]), _row('sgd', 0, 0, [], 'error')], []])
 def test_partial_results(who, rows):
     r = json.loads(json.dumps(C.summarize(rows, who)))
     assert '# Comparison' in C.compare_report(C.summarize(rows, who))
@@ -334,13 +346,16 @@ def test_cli(tmp_path, capsys):
     lines = (tmp_path/'compare.jsonl').read_text()
     times = json.loads((tmp_path/'compare_times.json').read_text())
     assert lines.count('\n')==2 and set(times['table'])=={'adam','sgd'}
-    assert main(args)==0 and (tmp_path/'compare.jsonl').read_text()==lines and json.loads((tmp_path/'compare_times.json').read_text())==times
-    assert main([*args, '--times'])==0 and (tmp_path/'compare.jsonl').read_text()==lines and json.loads((tmp_path/'compare_times.json').read_text())!=times
+    assert (main(args)==0 and (tmp_path/'compare.jsonl').read_text()==lines
+            and json.loads((tmp_path/'compare_times.json').read_text())==times)
+    assert (main([*args, '--times'])==0 and (tmp_path/'compare.jsonl').read_text()==lines
+            and json.loads((tmp_path/'compare_times.json').read_text())!=times)
     r = json.loads((tmp_path/'compare.json').read_text())
     assert r['times']['table']['adam']['vs_adam']==1 and set(r['optimizers'])=={'adam','sgd'}
 
 
-@pytest.mark.parametrize('args,say', [(['--only','adamw'], 'adamw: there is no such optimizer'), (['--tasks','poetry'], 'no such task'), (['--quick','--seeds','2'], '--quick takes one seed, not 2'),
+@pytest.mark.parametrize('args,say', [(['--only','adamw'], 'adamw: there is no such optimizer'), (['--tasks','poetry'], 'no such task'),
+                                      (['--quick','--seeds','2'], '--quick takes one seed, not 2'),
                                       (['--jobs','-1'], '--jobs -1: it must be 0 or more'), (['--seeds','0','--no-times'], 'seeds=0')])
 def test_cli_bad_arguments(args, say, tmp_path, capsys):
     assert main(['compare', '--out', str(tmp_path/'o'), *args])==2
@@ -350,9 +365,11 @@ def test_cli_bad_arguments(args, say, tmp_path, capsys):
 @pytest.mark.slow
 def test_interrupted_from_the_keyboard(tmp_path):
     "Ctrl-C leaves the finished trainings, no process, and a report; the same command goes on"
-    cmd = [sys.executable, '-m', 'fastxtend_opt', 'compare', '--only', 'adam,lion', '--tasks', 'table', '--seeds', '2', '--out', str(tmp_path), '--no-times']
+    cmd = [sys.executable, '-m', 'fastxtend_opt', 'compare', '--only', 'adam,lion', '--tasks', 'table', '--seeds', '2', '--out',
+           str(tmp_path), '--no-times']
     env = dict(os.environ, PYTHONPATH=str(ROOT))
-    p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    p = subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     file,end = tmp_path/'compare.jsonl',time.time()+300
     while not file.exists() or file.read_text().count('\n')<3:
         assert time.time()<end and p.poll() is None

@@ -1,4 +1,5 @@
-"""Wrappers round each other: as native in every mode, as the formulas say, one fused step; checkpoints go on bit for bit; what has no meaning is refused with a reason."""
+"""Wrappers round each other: as native in every mode, as the formulas say, one fused step; checkpoints go on bit for bit; what has no
+meaning is refused with a reason."""
 import copy,pickle,warnings
 import fastai.optimizer as fo,pytest,torch
 from torch import nn
@@ -40,7 +41,8 @@ PAIRS = {
 pairs = pytest.mark.parametrize('pair', list(PAIRS))
 modes = pytest.mark.parametrize('mode', [pytest.param(m, marks=pytest.mark.slow if m in ('jit','triton') else ()) for m in ALL_MODES])
 QUICK = ('lookahead(cautious(adam))','schedule_free(rules)')
-both = pytest.mark.parametrize('pair,mode', [pytest.param(p, m, marks=() if m in ('native','foreach') or (p in QUICK and m!='triton') else pytest.mark.slow) for p in PAIRS for m in ALL_MODES])
+both = pytest.mark.parametrize('pair,mode', [pytest.param(p, m, marks=() if m in ('native','foreach')
+    or (p in QUICK and m!='triton') else pytest.mark.slow) for p in PAIRS for m in ALL_MODES])
 
 def make(f, ps, mode='native', **kw):
     with backend_of(mode): return f(two_groups(ps), **{'lr':[.01,.02], **kw}, **flags(mode))
@@ -67,7 +69,8 @@ def test_modes_agree_and_checkpoints_resume(pair, mode):
 
 @pairs
 def test_checkpoints_cross_modes(pair):
-    f,ps = PAIRS[pair],small(); opt = go(make(f, ps, 'foreach'), range(5)); qs = copy_params(ps); other = make(f, qs); other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    f,ps = PAIRS[pair],small(); opt = go(make(f, ps, 'foreach'),
+        range(5)); qs = copy_params(ps); other = make(f, qs); other.load_state_dict(copy.deepcopy(opt.state_dict()))
     go(opt, range(5, 9)); go(other, range(5, 9)); assert_same(values(ps), values(qs), **TOL[torch.float64])
 
 @pairs
@@ -82,7 +85,8 @@ def test_pickle_deepcopy_clear(pair):
 def test_centralize(mode):
     "The plain formula, and pytorch_optimizer's function"
     from pytorch_optimizer.optimizer.gradient_centralization import centralize_gradient
-    ps = make_params(((), (9,), (5,3), (4,3,2,2), (3,1), (2,0), (1,4)), torch.float64, seed=1, big=False, channels_last=False); qs,rs = copy_params(ps),copy_params(ps)
+    ps = make_params(((), (9,), (5,3), (4,3,2,2), (3,1), (2,0), (1,4)), torch.float64, seed=1, big=False,
+                     channels_last=False); qs,rs = copy_params(ps),copy_params(ps)
     opt,plain,port = make(centralize(adam(wd=.1)), ps, mode),make(adam(wd=.1), qs, mode),make(adam(wd=.1), rs, mode)
     for i in range(6):
         for o in (ps,qs,rs): GradStream(3).set(o, i)
@@ -99,7 +103,8 @@ def test_mean_of_a_neuron_stays():
 
 @modes
 def test_lookahead_round_cautious_by_hand(mode):
-    ps = small(); qs = copy_params(ps); opt = make(lookahead(cautious(adam(wd=.1)), k=3), ps, mode); inner = make(adam(wd=.1, cautious=True), qs); slow = values(qs)
+    ps = small(); qs = copy_params(ps); opt = make(lookahead(cautious(adam(wd=.1)), k=3), ps,
+                                                   mode); inner = make(adam(wd=.1, cautious=True), qs); slow = values(qs)
     for i in range(8):
         go(opt, [i]); go(inner, [i])
         if i%3==2:
@@ -135,13 +140,15 @@ def test_gradient_release(mode):
 
 def test_in_a_learner(tmp_path):
     def run(**kw):
-        learn = learner('adam', 'native', tmp_path); learn.opt_func = lookahead(cautious(centralize(rules({'*.bias': dict(wd=0), '*': adam(wd=.1)}, show=False, **kw))), k=4)
+        learn = learner('adam', 'native', tmp_path); learn.opt_func = lookahead(
+            cautious(centralize(rules({'*.bias': dict(wd=0), '*': adam(wd=.1)}, show=False, **kw))), k=4)
         learn.fit_one_cycle(1, 4e-3); learn.save('c'); learn.load('c'); learn.fit(1, 1e-3)
         return losses(learn)
     assert_same(run(fused=True), run(), rtol=1e-4)
 
 # ---------------------------------------------------------------- what goes round what
-YES = 'lookahead:cautious centralize rules sam|cautious:centralize rules sam|schedule_free:centralize rules|centralize:lookahead cautious schedule_free rules sam|rules:cautious centralize rules|sam:lookahead cautious centralize rules'
+YES = ('lookahead:cautious centralize rules sam|cautious:centralize rules sam|schedule_free:centralize rules|'
+       'centralize:lookahead cautious schedule_free rules sam|rules:cautious centralize rules|sam:lookahead cautious centralize rules')
 
 @pytest.mark.parametrize('base', [adam,lion,sgd])
 def test_the_table(base):
@@ -151,12 +158,18 @@ def test_the_table(base):
         for w in wrappers: assert (r[w]=='yes')==(r['inside']=='an algorithm' or r['inside'][:-5] in want[w]), (w,r['inside'])
 
 @pytest.mark.parametrize('f,words', [
-    (lambda: lookahead(ranger()), "lookahead can't go round Lookahead: one inside the other"), (lambda: lookahead(schedule_free(adam())), 'averages the weights itself'),
-    (lambda: schedule_free(lookahead(adam())), 'both average the weights'), (lambda: schedule_free(schedule_free(adam())), 'schedule-free already'),
-    (lambda: schedule_free(cautious(adam())), 'nothing to mask'), (lambda: cautious(schedule_free(adam())), 'nothing to mask'), (lambda: cautious(cautious(adam())), 'cautious already'),
-    (lambda: cautious(adam(cautious=True)), 'cautious already'), (lambda: cautious(lookahead(adam())), r'Write lookahead\(cautious'), (lambda: centralize(centralize(adam())), 'Leave one out'),
-    (lambda: centralize(torch.optim.SGD), 'no list of steppers'), (lambda: lookahead(3), 'takes an opt_func'), (lambda: cautious(3), 'takes an opt_func'), (lambda: centralize(3), 'takes an opt_func'),
-    (lambda: schedule_free(3), 'takes an opt_func'), (lambda: schedule_free(lambda p, lr: make_optimizer(p, [whole], lr=lr)), 'several passes')])
+    (lambda: lookahead(ranger()), "lookahead can't go round Lookahead: one inside the other"),
+    (lambda: lookahead(schedule_free(adam())), 'averages the weights itself'),
+    (lambda: schedule_free(lookahead(adam())), 'both average the weights'),
+    (lambda: schedule_free(schedule_free(adam())), 'schedule-free already'),
+    (lambda: schedule_free(cautious(adam())), 'nothing to mask'), (lambda: cautious(schedule_free(adam())), 'nothing to mask'),
+    (lambda: cautious(cautious(adam())), 'cautious already'),
+    (lambda: cautious(adam(cautious=True)), 'cautious already'), (lambda: cautious(lookahead(adam())), r'Write lookahead\(cautious'),
+    (lambda: centralize(centralize(adam())), 'Leave one out'),
+    (lambda: centralize(torch.optim.SGD), 'no list of steppers'), (lambda: lookahead(3), 'takes an opt_func'),
+    (lambda: cautious(3), 'takes an opt_func'), (lambda: centralize(3), 'takes an opt_func'),
+    (lambda: schedule_free(3), 'takes an opt_func'), (lambda: schedule_free(lambda p, lr: make_optimizer(p, [whole], lr=lr)),
+                                                      'several passes')])
 def test_refused(f, words):
     with pytest.raises(TypeError, match=words): f()(small(), lr=.1)
 def whole(p, **kwargs): pass
@@ -166,10 +179,12 @@ def test_refused_algorithms():
     "By name; everything else in the registry goes, but for steps of several passes, and those that need more than a gradient"
     rows = [r for r in list_optimizers() if r.kind!='model' and not why_not(lambda f: f, r.factory())]
     no = {r.name:why for r in rows if (why := why_not(schedule_free, r.factory()))}
-    assert set(no)=={'adabelief','apollo','madgrad','mars','swats','cadamw','clion','ranger','sgd_schedulefree','adamw_schedulefree','radam_schedulefree'}, set(no)
+    assert set(no)=={'adabelief','apollo','madgrad','mars','swats','cadamw','clion','ranger','sgd_schedulefree','adamw_schedulefree',
+                     'radam_schedulefree'}, set(no)
     assert all("can't go round" in w and len(w)>50 for w in no.values()) and len(rows)>=45
     assert {r.name for r in rows if why_not(centralize, r.factory())}==set()
-    assert {r.name for r in rows if why_not(lookahead, r.factory())}=={'ranger','sgd_schedulefree','adamw_schedulefree','radam_schedulefree'}
+    assert {r.name for r in rows if why_not(lookahead, r.factory())}=={'ranger','sgd_schedulefree','adamw_schedulefree',
+                                                                       'radam_schedulefree'}
     assert algorithm_refusals().rows
 
 def test_values_of_lookahead_are_checked_at_once():

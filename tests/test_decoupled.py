@@ -86,7 +86,8 @@ def test_it_decays(name):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('lr', [1e-6, 1e-3, .1, 3.])
-@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('adan','adopt','prodigy')]) # Adan divides by 1+wd; ADOPT's first step only begins the average; Prodigy takes no step before there is a gradient
+# Adan divides by 1+wd; ADOPT's first step only begins the average; Prodigy takes no step before there is a gradient
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('adan','adopt','prodigy')])
 @pytest.mark.engine
 def test_peak_takes_wd_whatever_lr_is(name, lr, mode):
     "At the peak a step without a gradient leaves `1-wd`"
@@ -97,7 +98,8 @@ def test_peak_takes_wd_whatever_lr_is(name, lr, mode):
 
 def test_adan_divides():
     for lr in (1e-6, .1, 3.):
-        assert take_steps(partial(get_optimizer('adan').func, wd=WD, decouple_lr=True), [3.], [0.], lr=lr).tolist()==pytest.approx([3/(1+WD)], rel=1e-14)
+        assert take_steps(partial(get_optimizer('adan').func, wd=WD, decouple_lr=True), [3.], [0.],
+                          lr=lr).tolist()==pytest.approx([3/(1+WD)], rel=1e-14)
 
 def test_stableadam_takes_the_clipped_rate():
     "As optimi: a spike divides the learning rate, and so the decay"
@@ -131,7 +133,8 @@ def test_low_precision_storage(dtype, mode):
 PEERS = dict(sgd=(optimi_sgd, dict(mom=.9)), adam=(optimi_adam, dict(mom=.9, sqr_mom=.99, eps=1e-5)),
              radam=(optimi_radam, dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=0.)), lion=(optimi_lion, dict(beta1=.9, beta2=.99)),
              ranger=(optimi_ranger, dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.)),
-             adan=(optimi_adan, dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8)), stableadam=(optimi_stableadamw, dict(mom=.9, sqr_mom=.99, eps=1e-6)))
+             adan=(optimi_adan, dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8)),
+             stableadam=(optimi_stableadamw, dict(mom=.9, sqr_mom=.99, eps=1e-6)))
 
 @pytest.mark.parametrize('mode', ['native','fused'])
 @pytest.mark.parametrize('name', list(PEERS))
@@ -146,7 +149,8 @@ def test_against_optimi(name, mode):
         warnings.simplefilter('ignore') # a wd large enough to see
         opt = WithBackend(partial(get_optimizer(name).func, lr=.1, wd=.02, decouple_lr=True, max_lr=PEAKS, **h, **flags(mode)), mode)(
             [[p for p,k in zip(mine, group) if k==i] for i in (0,1)])
-        ref = make(dict(h, decouple_wd=True))([dict(params=[p], weight_decay=0. if j==1 else .02, decouple_lr=True, max_lr=PEAKS[k]) for j,(p,k) in enumerate(zip(theirs, group))])
+        ref = make(dict(h, decouple_wd=True))([dict(params=[p], weight_decay=0. if j==1 else .02, decouple_lr=True, max_lr=PEAKS[k]) for j,
+                                               (p,k) in enumerate(zip(theirs, group))])
     opt.state[mine[1]]['do_wd'] = False
     for i in range(25):
         opt.set_hyper('lr', lrs_at(i))
@@ -171,7 +175,8 @@ def test_default_is_each_groups_lr(name):
     f = get_optimizer(name).func
     def got(*args, **kw): return [h['max_lr'] for h in f(*args, decouple_lr=True, wd=0., **KW.get(name, {}), **kw).hypers]
     assert got(two(), .1)==[.1,.1] and got(two(), [.1,.2])==[.1,.2] and got(two(), slice(.1))==pytest.approx([.01,.1])
-    assert got(two(), .1, max_lr=.5)==[.5,.5] and got(two(), .1, max_lr=[.5,.6])==[.5,.6] and got(two(), .1, max_lr=slice(.1))==pytest.approx([.01,.1])
+    assert (got(two(), .1, max_lr=.5)==[.5,.5] and got(two(), .1, max_lr=[.5,.6])==[.5,.6]
+            and got(two(), .1, max_lr=slice(.1))==pytest.approx([.01,.1]))
     a,b = two()
     assert got([dict(params=a, lr=.3), dict(params=b)], .1)==[.3,.1] and got([dict(params=a, max_lr=.3), dict(params=b)], .1)==[.3,.1]
     h = f(two(), np.float32(.5), decouple_lr=True, wd=0., **KW.get(name, {}), max_lr=np.float32(.5)).hypers[0]
@@ -188,16 +193,19 @@ def test_bad_max_lr(bad):
     if not isinstance(bad, list):
         with pytest.raises(ValueError, match='max_lr='): adam(decouple_lr=True, max_lr=bad)
 
-def test_factory_takes_its_defaults_when_said(): assert adam(max_lr=None, kahan_sum=None, state_dtype=None)(two(), lr=.1).hypers[0]['lr']==.1
+def test_factory_takes_its_defaults_when_said():
+    assert adam(max_lr=None, kahan_sum=None, state_dtype=None)(two(), lr=.1).hypers[0]['lr']==.1
 
 @pytest.mark.parametrize('name', L2)
 def test_refuses_l2(name):
-    with pytest.raises(ValueError, match='decouple_lr=True and decouple_wd=False'): get_optimizer(name).func(two(), .1, decouple_lr=True, decouple_wd=False)
+    with pytest.raises(ValueError, match='decouple_lr=True and decouple_wd=False'):
+        get_optimizer(name).func(two(), .1, decouple_lr=True, decouple_wd=False)
 
 def test_refuses_what_would_be_dropped():
     with pytest.raises(ValueError, match='max_lr=0.1 without decouple_lr=True'): Adam(two(), .1, max_lr=.1)
     with pytest.raises(ValueError, match="Parameter group 0 has max_lr=0.1"): Adam([dict(params=two()[0], max_lr=.1)], .1)
-    with pytest.raises(ValueError, match='no stepper of sgd_step decays the weights'): make_optimizer(two(), fo.sgd_step, lr=.1, decouple_lr=True)
+    with pytest.raises(ValueError, match='no stepper of sgd_step decays the weights'):
+        make_optimizer(two(), fo.sgd_step, lr=.1, decouple_lr=True)
     with pytest.raises(ValueError, match='no stepper of _step decays'):
         def _step(p, lr, wd, **kwargs): p.data.mul_(1-lr*wd)
         make_optimizer(two(), [_step], lr=.1, wd=0., decouple_lr=True)
@@ -224,7 +232,8 @@ def test_without_max_lr_a_step_fails_and_changes_nothing(mode):
 @pytest.mark.parametrize('name,src,dst', [slow(n, a, b, when='triton' in (a,b) and not (n=='adam' and 'native' in (a,b)))
                                           for n in ('adam','ranger','stableadam') for a in ALL_MODES for b in ALL_MODES])
 def test_checkpoint_crosses_modes(name, src, dst):
-    def make(ps, mode, **kw): return WithBackend(partial(get_optimizer(name).func, lr=.1, wd=WD, decouple_lr=True, **{**KW.get(name, {}), **kw}, **flags(mode)), mode)(two_groups(ps))
+    def make(ps, mode, **kw): return WithBackend(partial(get_optimizer(name).func, lr=.1, wd=WD, decouple_lr=True,
+                                                         **{**KW.get(name, {}), **kw}, **flags(mode)), mode)(two_groups(ps))
     a = make_params(dtype=torch.float64, big=False)
     opt = make(a, src, max_lr=PEAKS)
     for i in range(4): scheduled(i, opt, a, GradStream())
@@ -274,7 +283,8 @@ def synth(opt_func=None, n_batches=10, path=None, **kw):
     ds = list(zip(x, x.sum(1, keepdim=True)))
     dls = DataLoaders(DataLoader(ds, bs=4), DataLoader(ds[:8], bs=4), device='cpu')
     model = nn.Sequential(nn.Linear(3,4), nn.Linear(4,4), nn.Linear(4,1))
-    learn = Learner(dls, model, nn.MSELoss(), opt_func=sgd(decouple_lr=True, wd=WD) if opt_func is None else opt_func, splitter=split3, cbs=Watch(), path=path, **kw)
+    learn = Learner(dls, model, nn.MSELoss(), opt_func=sgd(decouple_lr=True, wd=WD) if opt_func is None else opt_func, splitter=split3,
+                    cbs=Watch(), path=path, **kw)
     learn.remove_cb(ProgressCallback)
     learn.logger = lambda *a: None
     return learn
@@ -290,8 +300,10 @@ def check_peaks(learn, rtol=1e-12):
 
 FITS = dict(
     fit=lambda l: l.fit(2, .03), fit_default=lambda l: l.fit(1), fit_slice=lambda l: l.fit(2, slice(1e-3,.1)),
-    one_cycle=lambda l: l.fit_one_cycle(3, .1), one_cycle_default=lambda l: l.fit_one_cycle(2), one_cycle_low=lambda l: l.fit_one_cycle(2, 1e-5),
-    one_cycle_slice=lambda l: l.fit_one_cycle(3, slice(1e-4,.1), pct_start=.37, div=3), one_cycle_short=lambda l: l.fit_one_cycle(1, slice(.1)),
+    one_cycle=lambda l: l.fit_one_cycle(3, .1), one_cycle_default=lambda l: l.fit_one_cycle(2),
+    one_cycle_low=lambda l: l.fit_one_cycle(2, 1e-5),
+    one_cycle_slice=lambda l: l.fit_one_cycle(3, slice(1e-4,.1), pct_start=.37, div=3),
+    one_cycle_short=lambda l: l.fit_one_cycle(1, slice(.1)),
     flat_cos=lambda l: l.fit_flat_cos(2, .1), flat_cos_slice=lambda l: l.fit_flat_cos(2, slice(1e-3,.1)),
     sgdr=lambda l: l.fit_sgdr(2, 1, .1), sgdr_slice=lambda l: l.fit_sgdr(2, 1, slice(1e-3,.1)),
     flat_varied=lambda l: l.fit_flat_varied(4, 1e-3, next_lr=slice(1e-3,.1), change_by=2),
@@ -357,7 +369,8 @@ def test_reset_opt_and_new_optimizers():
 def test_lr_find_before_a_fit():
     learn = synth()
     learn.lr_find(show_plot=False, num_it=20, stop_div=False, end_lr=.1)
-    assert learn.watch.peaks[0]==pytest.approx(learn.watch.lrs.max(0).tolist()) and not len(learn.opt.state[learn.model[0].weight].get('grad_avg', []))
+    assert (learn.watch.peaks[0]==pytest.approx(learn.watch.lrs.max(0).tolist())
+            and not len(learn.opt.state[learn.model[0].weight].get('grad_avg', [])))
     learn.fit_one_cycle(2, slice(1e-4,.01)); check_peaks(learn)
     fresh = synth()
     fresh.fit_one_cycle(2, slice(1e-4,.01))
@@ -399,7 +412,8 @@ def test_save_and_load(tmp_path):
     assert 'max_lr' not in learn.opt.hypers[0]
     learn.fit_one_cycle(1, .03); check_peaks(learn) # the callback puts it back
 
-@pytest.mark.parametrize('opt_func', [sgd(decouple_lr=True, wd=WD), partial(Adam, decouple_lr=True, wd=WD, foreach=True), ranger(decouple_lr=True, wd=WD)], ids=['factory','partial','ranger'])
+@pytest.mark.parametrize('opt_func', [sgd(decouple_lr=True, wd=WD), partial(Adam, decouple_lr=True, wd=WD, foreach=True),
+                                      ranger(decouple_lr=True, wd=WD)], ids=['factory','partial','ranger'])
 def test_export_and_load_learner(opt_func, tmp_path):
     learn = digits('sgd', 'native', tmp_path)
     learn.opt_func = opt_func
@@ -469,12 +483,14 @@ def test_given_max_lr_stays(given):
     assert (learn.watch.peaks==want).all()
 
 def test_given_for_one_group_stays_there():
-    def opt_func(groups, lr): return SGD([dict(params=g, **(dict(max_lr=.7) if i==1 else {})) for i,g in enumerate(groups)], lr, decouple_lr=True, wd=WD)
+    def opt_func(groups, lr): return SGD([dict(params=g, **(dict(max_lr=.7) if i==1 else {})) for i,g in enumerate(groups)], lr,
+                                         decouple_lr=True, wd=WD)
     learn = synth(opt_func)
     learn.fit_one_cycle(2, .1)
     assert (learn.watch.peaks[:,1]==.7).all() and learn.watch.peaks[:,[0,2]]==pytest.approx(learn.watch.lrs.max())
 
-@pytest.mark.parametrize('opt_func', [ranger(decouple_lr=True, wd=WD), lambda p,lr: Lookahead(Adam(p, lr, decouple_lr=True, wd=WD, foreach=True)),
+@pytest.mark.parametrize('opt_func', [ranger(decouple_lr=True, wd=WD), lambda p,
+                                      lr: Lookahead(Adam(p, lr, decouple_lr=True, wd=WD, foreach=True)),
                                       lambda p,lr: fo.Lookahead(Adam(p, lr, decouple_lr=True, wd=WD))], ids=['ranger','ours','fastais'])
 def test_inside_lookahead(opt_func):
     learn = synth(opt_func)

@@ -33,7 +33,8 @@ def run(ps, qs, a, b, n=5, seed=1):
             torch.testing.assert_close(q.data, p.data, rtol=1e-10, atol=1e-12, equal_nan=True)
             sa,sb = a.state[p],b.state[q]
             assert set(sa) == set(sb)
-            for k in sa: torch.testing.assert_close(torch.as_tensor(sb[k]), torch.as_tensor(sa[k]), rtol=1e-10, atol=1e-12, equal_nan=True, msg=lambda m: f'state {k}: {m}')
+            for k in sa: torch.testing.assert_close(torch.as_tensor(sb[k]), torch.as_tensor(sa[k]), rtol=1e-10, atol=1e-12, equal_nan=True,
+                                                    msg=lambda m: f'state {k}: {m}')
 
 def old_after_new(p, lr, m=None, **kwargs):
     "Needs the old average after a reduction over the new one: the store has to wait for the second pass"
@@ -114,7 +115,8 @@ def test_solo_and_wide_groups(threads):
         solo,wide = launch.groups[threads][0]
         rows = sorted([*solo.tolist(), *wide.tolist()])
         assert len(wide) == (1 if threads == 1 else 3) and len(solo) > 2
-        assert rows[0][:2] == [0,0] and rows[-1][2:] == [len(shapes), len(launch.chunks)] and all(x[2:] == y[:2] for x,y in zip(rows, rows[1:]))
+        assert (rows[0][:2] == [0,0] and rows[-1][2:] == [len(shapes), len(launch.chunks)]
+                and all(x[2:] == y[:2] for x,y in zip(rows, rows[1:])))
     finally: torch.set_num_threads(n)
 
 def test_postponed_store():

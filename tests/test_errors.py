@@ -5,14 +5,12 @@ from functools import partial
 import numpy as np,pytest,torch
 from fastai.optimizer import Optimizer,average_grad,momentum_step,sgd_step,step_stat,weight_decay
 from torch import nn
-import fastxtend_opt.all as engines
 from fastxtend_opt.engine.cohort import check_tensors
 from fastxtend_opt.engine.kinds import UnsupportedError
 from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from helpers import *
 
 NAMES = [o.name for o in list_optimizers()]
-CLASSES = dict(foreach=engines.ForEachOptimizer, jit=engines.JitOptimizer, fused=engines.FusedOptimizer, triton=engines.FusedOptimizer)
 modes = pytest.mark.parametrize('mode', MODES)
 all_modes = pytest.mark.parametrize('mode', ALL_MODES)
 
@@ -68,11 +66,12 @@ def test_fused_on_a_device_without_kernels():
     p.grad = torch.empty(3, device='meta')
     with pytest.raises(UnsupportedError, match='meta.*foreach=True'): opt.step()
 
-@pytest.mark.parametrize('dtype,words', [(torch.complex64, ('complex', 'view_as_real')), (torch.int64, ('int64', 'float32')), (torch.bool, ('bool', 'float32'))])
+@pytest.mark.parametrize('dtype,words', [(torch.complex64, ('complex', 'view_as_real')), (torch.int64, ('int64', 'float32')),
+                                         (torch.bool, ('bool', 'float32'))])
 @modes
 def test_complex_and_integer(mode, dtype, words):
     params = [*two(), nn.Parameter(torch.ones(3, dtype=dtype), requires_grad=dtype.is_complex)]
-    opt = CLASSES[mode](params, [weight_decay, sgd_step], lr=.1)
+    opt = ENGINES[mode](params, [weight_decay, sgd_step], lr=.1)
     GradStream().set(params[:2], 0)
     params[2].grad = torch.ones(3, dtype=dtype)
     refused(params, opt, NotImplementedError, *words)
@@ -85,7 +84,8 @@ def test_functions_refuse_complex_parameters_at_once(mode):
 @modes
 def test_state_of_another_shape_or_kind(mode):
     params,opt = stepped(mode)
-    for bad,exc,words in ((torch.zeros(5), ValueError, (r'grad_avg.*\(5,\)',)), (torch.zeros(2,4,dtype=torch.int64), NotImplementedError, ('grad_avg.*int64',)),
+    for bad,exc,words in ((torch.zeros(5), ValueError, (r'grad_avg.*\(5,\)',)),
+                          (torch.zeros(2,4,dtype=torch.int64), NotImplementedError, ('grad_avg.*int64',)),
                           (torch.zeros(2,4,device='meta'), ValueError, ('grad_avg.*meta',))):
         good = opt.state[params[1]]['grad_avg']
         opt.state[params[1]]['grad_avg'] = bad
@@ -121,7 +121,7 @@ def test_sequences_as_hypers(mode, v):
 
 @modes
 def test_tuple_hypers_at_construction(mode):
-    with pytest.raises(ValueError, match="'betas'.*one number per group"): CLASSES[mode](two(), [sgd_step], lr=.1, betas=(.9,.99))
+    with pytest.raises(ValueError, match="'betas'.*one number per group"): ENGINES[mode](two(), [sgd_step], lr=.1, betas=(.9,.99))
 
 @modes
 def test_closure(mode):
@@ -147,8 +147,10 @@ def outside_tensor(p, lr, **kwargs): p.data.sub_(torch.ones(2,4)*p.grad.data)
 def outside_state(p, lr, buf=None, **kwargs): return {'buf': torch.zeros(4)}
 def matmul(p, lr, **kwargs): p.data.sub_(p.grad.data @ p.grad.data.t())
 def random(p, lr, **kwargs): p.data.add_(torch.randn_like(p.data))
-UNSUPPORTED = [(branches,'bool'), (reads_item,'item'), (makes_float,'item'), (sorts,'sort'), (fft,'rfft'), (along_an_axis,'mean along an axis'),
-               (sums_an_axis,'sum along an axis'), (norm_axis,'norm along an axis'), (norm3,'norm with p=3'), (indexes,'indexing'), (replaces_data,'data ='),
+UNSUPPORTED = [(branches,'bool'), (reads_item,'item'), (makes_float,'item'), (sorts,'sort'), (fft,'rfft'),
+               (along_an_axis,'mean along an axis'),
+               (sums_an_axis,'sum along an axis'), (norm_axis,'norm along an axis'), (norm3,'norm with p=3'), (indexes,'indexing'),
+               (replaces_data,'data ='),
                (outside_tensor,'mul'), (outside_state,'buf'), (matmul,'matmul|mm'), (random,'randn_like')]
 
 @pytest.mark.parametrize('stepper,op', UNSUPPORTED, ids=[f.__name__ for f,_ in UNSUPPORTED])
@@ -156,7 +158,7 @@ UNSUPPORTED = [(branches,'bool'), (reads_item,'item'), (makes_float,'item'), (so
 def test_unsupported_operations(mode, stepper, op):
     "Stepper, operation and the way out are named; the steppers before it in the list have changed nothing"
     params = two()
-    opt = CLASSES[mode](params, [weight_decay, average_grad, stepper], lr=.1, wd=.1, mom=.9)
+    opt = ENGINES[mode](params, [weight_decay, average_grad, stepper], lr=.1, wd=.1, mom=.9)
     GradStream().set(params, 0)
     msg = refused(params, opt, NotImplementedError, stepper.__name__, op, 'native')
     assert 'OPS' in msg or 'add_op' in msg
@@ -170,7 +172,7 @@ def test_a_name_is_found_for_partials_and_classes(mode):
         def __call__(self, p, **kwargs): p.data.sort()
     for s,name in ((partial(sorts, lr=.1), 'sorts'), (Sorter(), 'Sorter'), (lambda p, **kw: p.data.sort(), '<lambda>')):
         params = two()
-        opt = CLASSES[mode](params, [s], lr=.1)
+        opt = ENGINES[mode](params, [s], lr=.1)
         GradStream().set(params, 0)
         refused(params, opt, UnsupportedError, name, 'sort')
 
@@ -184,7 +186,7 @@ def returns_twice(p, **kwargs):
 def test_state_that_is_another_tensor(mode, stepper, words):
     "fastai would let the next gradient overwrite it"
     params = two()
-    opt = CLASSES[mode](params, [stepper, sgd_step], lr=.1)
+    opt = ENGINES[mode](params, [stepper, sgd_step], lr=.1)
     GradStream().set(params, 0)
     refused(params, opt, ValueError, *words)
 
@@ -192,7 +194,7 @@ def divides(p, lr, step, **kwargs): p.data.mul_(1/(step-3))
 @modes
 def test_an_exception_in_a_stepper_changes_nothing(mode):
     params = two()
-    opt = CLASSES[mode](params, [weight_decay, average_grad, step_stat, divides], lr=.1, wd=.1, mom=.9)
+    opt = ENGINES[mode](params, [weight_decay, average_grad, step_stat, divides], lr=.1, wd=.1, mom=.9)
     for i in range(2):
         GradStream().set(params, i)
         opt.step()
@@ -203,7 +205,7 @@ def needs(p, missing, **kwargs): pass
 @modes
 def test_a_hyper_that_is_not_there(mode):
     params = two()
-    opt = CLASSES[mode](params, [weight_decay, needs], lr=.1, wd=.1)
+    opt = ENGINES[mode](params, [weight_decay, needs], lr=.1, wd=.1)
     GradStream().set(params, 0)
     refused(params, opt, TypeError, 'missing')
 
@@ -211,7 +213,7 @@ def test_a_hyper_that_is_not_there(mode):
 @modes
 def test_engine_classes_refuse_bad_parameters(mode):
     a,b = two()
-    cls = CLASSES[mode]
+    cls = ENGINES[mode]
     with pytest.raises(ValueError, match='at least one parameter.*empty'): cls([], [sgd_step], lr=.1)
     with pytest.raises(ValueError, match='at least one parameter.*empty'): cls(iter([]), [sgd_step], lr=.1)
     with pytest.raises(ValueError, match='more than once'): cls([a,b,a], [sgd_step], lr=.1)
@@ -225,7 +227,8 @@ def test_engine_classes_refuse_bad_parameters(mode):
 def test_functions_refuse_bad_parameters(name, mode):
     f = partial(get_optimizer(name).func, lr=.1, **flags(mode))
     a,b = two()
-    for bad,words in (([], 'empty'), (iter([]), 'empty'), ([[],[]], 'empty'), ([a,a], 'stepped twice'), ([[a],[a]], 'group 0 and .* group 1'),
+    for bad,words in (([], 'empty'), (iter([]), 'empty'), ([[],[]], 'empty'), ([a,a], 'stepped twice'),
+                      ([[a],[a]], 'group 0 and .* group 1'),
                       ([a,[b]], 'mixes'), ([dict(lr=1.)], "without 'params'"), ([dict(params=[a], betas=(.9,.9))], 'betas')):
         with pytest.raises(ValueError, match=words): f(bad)
     for bad in (nn.Linear(2,2), [3.], ['a']):
@@ -239,12 +242,15 @@ def test_torch_style_groups_are_taken(name, mode):
     opt = get_optimizer(name).func([dict(params=[a]), dict(params=b, lr=.5, wd=0.)], lr=.1, wd=.2, **flags(mode))
     assert [h['lr'] for h in opt.hypers]==[.1,.5] and [h['wd'] for h in opt.hypers]==[.2,0.] and [len(o) for o in opt.param_lists]==[1,1]
 
-BAD_HYPERS = [('lr',-.1), ('lr',float('nan')), ('lr',float('inf')), ('eps',-1e-8), ('eps',float('nan')), ('wd',-.01), ('wd',float('inf')), ('mom',1.), ('mom',-.1),
-              ('mom',float('nan')), ('sqr_mom',1.), ('sqr_mom',-.5), ('beta',-1.), ('trust_coeff',0.), ('k',0), ('k',2.5), ('alpha',0.), ('alpha',1.5), ('nu_1',float('nan'))]
+BAD_HYPERS = [('lr',-.1), ('lr',float('nan')), ('lr',float('inf')), ('eps',-1e-8), ('eps',float('nan')), ('wd',-.01), ('wd',float('inf')),
+              ('mom',1.), ('mom',-.1),
+              ('mom',float('nan')), ('sqr_mom',1.), ('sqr_mom',-.5), ('beta',-1.), ('trust_coeff',0.), ('k',0), ('k',2.5), ('alpha',0.),
+              ('alpha',1.5), ('nu_1',float('nan'))]
 
 @all_modes
 @pytest.mark.engine
-@pytest.mark.parametrize('name,key,v', [(n,k,v) for n in NAMES for k,v in BAD_HYPERS if (k=='lr' or k in get_optimizer(n).hypers) and v not in get_optimizer(n).ranges[k]])
+@pytest.mark.parametrize('name,key,v', [(n,k,v) for n in NAMES for k,v in BAD_HYPERS if (k=='lr' or k in get_optimizer(n).hypers)
+                                        and v not in get_optimizer(n).ranges[k]])
 def test_bad_hypers(name, key, v, mode):
     "Name, value and the range are in the message, from the function and (but for lr) from the factory"
     row = get_optimizer(name)
@@ -269,7 +275,8 @@ def test_two_flags(name, pair):
     row,kw = get_optimizer(name),{k:True for k in pair}
     with pytest.raises(ValueError, match=f'{pair[0]}=True and {pair[1]}=True'): row.func(two(), lr=.1, **kw)
     with pytest.raises(ValueError, match=f'{pair[0]}=True and {pair[1]}=True'): row.factory(**kw)
-    with pytest.raises(ValueError, match='foreach=True and jit=True and fused=True'): row.func(two(), lr=.1, foreach=True, jit=True, fused=True)
+    with pytest.raises(ValueError, match='foreach=True and jit=True and fused=True'):
+        row.func(two(), lr=.1, foreach=True, jit=True, fused=True)
 
 # ---------------------------------------------------------------- loading
 @modes
@@ -277,7 +284,10 @@ def test_load_state_dict_says_what_is_wrong(mode):
     params,opt = stepped(mode)
     sd = opt.state_dict()
     def but(**kw): return {**sd, **kw}
-    for bad,words in ((None, "'state' and 'hypers'"), ({}, "'state' and 'hypers'"), (but(hypers=[]), '0 parameter groups.*1'), (but(state=sd['state'][:1]), '1 parameters.*2'),
-                      (but(hypers=[3.]), 'dict.*float'), (but(state=[None,{}]), 'dict.*NoneType'), (but(state=[{'grad_avg':torch.zeros(7)},{}]), r"'grad_avg'.*\(7,\).*\(3,\)"),
-                      (but(state=[{'grad_avg':torch.zeros(3, dtype=torch.int32)},{}]), "'grad_avg'.*int32"), (but(hypers=[{'lr':float('nan')}]), "'lr'.*nan")):
+    for bad,words in ((None, "'state' and 'hypers'"), ({}, "'state' and 'hypers'"), (but(hypers=[]), '0 parameter groups.*1'),
+                      (but(state=sd['state'][:1]), '1 parameters.*2'),
+                      (but(hypers=[3.]), 'dict.*float'), (but(state=[None,{}]), 'dict.*NoneType'),
+                      (but(state=[{'grad_avg':torch.zeros(7)},{}]), r"'grad_avg'.*\(7,\).*\(3,\)"),
+                      (but(state=[{'grad_avg':torch.zeros(3, dtype=torch.int32)},{}]), "'grad_avg'.*int32"),
+                      (but(hypers=[{'lr':float('nan')}]), "'lr'.*nan")):
         msg = refused(params, opt, ValueError, words, step=lambda: opt.load_state_dict(bad))

@@ -30,7 +30,8 @@ class Net(nn.Module):
     def __init__(self, dtype=torch.float32):
         super().__init__()
         self.conv,self.bn = nn.Conv2d(2, 4, 3, padding=1),nn.GroupNorm(2, 4)
-        self.twice,self.branch,self.scale,self.last = nn.Linear(4, 4, bias=False),nn.Linear(4, 4),nn.Parameter(torch.tensor(1.3)),nn.Linear(4, BIG//4)
+        self.twice,self.branch,self.scale = nn.Linear(4, 4, bias=False),nn.Linear(4, 4),nn.Parameter(torch.tensor(1.3))
+        self.last = nn.Linear(4, BIG//4)
         self.to(dtype)
     def forward(self, x, branch):
         x = self.bn(self.conv(x)).relu().mean((2,3))
@@ -58,7 +59,8 @@ def train(name, mode, release, steps=9, dtype=torch.float32, call=True, **kw):
         loss(m, i, dtype).backward()
         if release: assert all(p.grad is None for p in m.parameters())
         if call or not release:
-            opt.step(); opt.zero_grad(set_to_none=True) if mode!='native' and not isinstance(opt, Lookahead) else [setattr(p, 'grad', None) for p in m.parameters()]
+            opt.step(); opt.zero_grad(set_to_none=True) if mode!='native' and not isinstance(opt, Lookahead) else [setattr(p, 'grad', None)
+                for p in m.parameters()]
     if release: remove_gradient_release(m)
     return [p.detach().clone() for p in m.parameters()],detach_copy(opt.state_dict())
 
@@ -74,10 +76,14 @@ def test_same_weights(name, mode):
     assert_bitwise(b, a)
     assert any((x!=y).any() for x,y in zip(a[0], net().parameters()))
 
-STORAGES = dict(kahan={}, sround=dict(stochastic_rounding=True, seed=5), f32_state=dict(state_dtype=torch.float32), plain=dict(kahan_sum=False))
-@pytest.mark.parametrize('storage,mode', [slow(v, m, id=f'{k}-{m}', when=m=='triton' and k!='sround') for k,v in STORAGES.items() for m in ALL_MODES])
+STORAGES = dict(kahan={}, sround=dict(stochastic_rounding=True, seed=5), f32_state=dict(state_dtype=torch.float32),
+                plain=dict(kahan_sum=False))
+@pytest.mark.parametrize('storage,mode', [slow(v, m, id=f'{k}-{m}', when=m=='triton' and k!='sround') for k,
+                                          v in STORAGES.items() for m in ALL_MODES])
 def test_same_weights_bfloat16(storage, mode):
-    for name in ('adam','ranger')[:1 if mode=='triton' else 2]: assert_bitwise(train(name, mode, True, dtype=torch.bfloat16, **storage), train(name, mode, False, dtype=torch.bfloat16, **storage), name)
+    for name in ('adam','ranger')[:1 if mode=='triton' else 2]:
+        assert_bitwise(train(name, mode, True, dtype=torch.bfloat16, **storage), train(name, mode, False, dtype=torch.bfloat16, **storage),
+                       name)
 
 @pytest.mark.parametrize('name', ['adam','ranger'])
 def test_without_calls_of_step(name):
@@ -184,14 +190,16 @@ def test_integer_parameter():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_autograd_sees_the_step(mode, dtype):
-    "A second pass through the same graph, or a weight whose value is used beside, would give gradients of the new weights: an error in each mode"
+    """A second pass through the same graph, or a weight whose value is used beside, would give gradients of the new weights: an error in
+    each mode"""
     m,opt = one(mode)
     m.to(dtype)
     l = m(torch.ones(2, 3, dtype=dtype)).sum()
     l.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'): l.backward()
     x = torch.ones(2, 3, dtype=dtype, requires_grad=True)
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'): m[1](m[0](x @ m[0].weight.detach().t() @ m[0].weight.detach())).sum().backward()
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        m[1](m[0](x @ m[0].weight.detach().t() @ m[0].weight.detach())).sum().backward()
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_old_state_is_let_go(mode):
@@ -219,7 +227,8 @@ class Fails(torch.autograd.Function):
 @pytest.mark.parametrize('f', [Adam, Ranger])
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_exception_in_backward(mode, f):
-    "What came before the exception is stepped, what comes after it is not; the next backward passes work, and Lookahead has not counted the broken one"
+    """What came before the exception is stepped, what comes after it is not; the next backward passes work, and Lookahead has not counted
+    the broken one"""
     m,opt = one(mode, f)
     start = detach_copy(m.state_dict())
     Fails.on = True
@@ -372,9 +381,11 @@ def test_keep_gradients_nested_and_inner():
 def test_refusals():
     m = nn.Linear(2, 2)
     with pytest.raises(TypeError, match='is a AdamW'): prepare_for_gradient_release(m, torch.optim.AdamW(m.parameters()))
-    with pytest.raises(TypeError, match='is a OptimWrapper'): prepare_for_gradient_release(m, OptimWrapper(m.parameters(), torch.optim.SGD, lr=.1))
+    with pytest.raises(TypeError, match='is a OptimWrapper'):
+        prepare_for_gradient_release(m, OptimWrapper(m.parameters(), torch.optim.SGD, lr=.1))
     with pytest.raises(TypeError, match='is a Optimizer'): prepare_for_gradient_release(m, Optimizer(m.parameters(), [sgd_step], lr=.1))
-    with pytest.raises(ValueError, match='no parameter of the model'): prepare_for_gradient_release(nn.Linear(2, 2), Adam(m.parameters(), lr=.1))
+    with pytest.raises(ValueError, match='no parameter of the model'):
+        prepare_for_gradient_release(nn.Linear(2, 2), Adam(m.parameters(), lr=.1))
     tied = nn.ParameterList([nn.Parameter(torch.ones(4))])
     tied.append(nn.Parameter(tied[0].data[:2]))
     with pytest.raises(ValueError, match='share memory'): prepare_for_gradient_release(tied, Adam(tied.parameters(), lr=.1))
@@ -384,7 +395,8 @@ def test_refusals():
     def global_step(p, **kwargs): pass
     global_step.whole_model = True
     from fastxtend_opt.optimizer.fused import FusedOptimizer
-    with pytest.raises(ValueError, match="'global_step' needs the gradients of all"): prepare_for_gradient_release(m, FusedOptimizer(m.parameters(), [global_step], lr=.1))
+    with pytest.raises(ValueError, match="'global_step' needs the gradients of all"):
+        prepare_for_gradient_release(m, FusedOptimizer(m.parameters(), [global_step], lr=.1))
     assert n_hooks(m)==0 and not gr._releases
 
 def test_changed_parameter_lists():
@@ -395,7 +407,8 @@ def test_changed_parameter_lists():
 # ---------------------------------------------------------------- in a Learner
 def learner(opt_func, cbs=None, **kwargs):
     set_seed(5)
-    learn = Learner(synth_dbunch(n_train=4, n_valid=1), nn.Sequential(RegModel(), nn.Linear(1, 1)), loss_func=MSELossFlat(), opt_func=opt_func,
+    learn = Learner(synth_dbunch(n_train=4, n_valid=1), nn.Sequential(RegModel(), nn.Linear(1, 1)), loss_func=MSELossFlat(),
+                    opt_func=opt_func,
                     splitter=lambda m: [list(m[0].parameters()), list(m[1].parameters())], cbs=cbs, **kwargs)
     learn.remove_cbs([c for c in learn.cbs if type(c).__name__=='ProgressCallback'])
     learn.logger = lambda *a: None
@@ -403,7 +416,8 @@ def learner(opt_func, cbs=None, **kwargs):
 
 def weights(learn): return detach_copy(learn.model.state_dict())
 
-FITS = dict(one_cycle=lambda l: l.fit_one_cycle(2, .1), fine_tune=lambda l: l.fine_tune(1, .05), twice=lambda l: (l.fit(1, slice(.001,.1)), l.fit_flat_cos(1, .05)))
+FITS = dict(one_cycle=lambda l: l.fit_one_cycle(2, .1), fine_tune=lambda l: l.fine_tune(1, .05),
+            twice=lambda l: (l.fit(1, slice(.001,.1)), l.fit_flat_cos(1, .05)))
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('how', FITS)
@@ -498,7 +512,8 @@ def test_interrupted_fit(exc):
     learn.remove_cb(perm)
     assert n_hooks(learn.model)==0
 
-@pytest.mark.parametrize('cb,what', [(MixedPrecision(), 'float16'), (GradientClip(), 'GradientClip'), (GradientAccumulation(4), 'GradientAccumulation'), (NonNativeMixedPrecision(), 'non-native'), (ModelToHalf(), 'non-native')],
+@pytest.mark.parametrize('cb,what', [(MixedPrecision(), 'float16'), (GradientClip(), 'GradientClip'),
+    (GradientAccumulation(4), 'GradientAccumulation'), (NonNativeMixedPrecision(), 'non-native'), (ModelToHalf(), 'non-native')],
                          ids=lambda o: o if isinstance(o, str) else type(o).__name__)
 def test_refused_before_fit(cb, what):
     learn = learner(adam(fused=True))
@@ -587,7 +602,8 @@ print('fine')
 
 def test_distributed_data_parallel(tmp_path):
     "Two processes: gradients are reduced before they are used, with the weights of ordinary DDP, bit for bit"
-    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', DDP_SCRIPT, str(r), str(tmp_path/'store')], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    ps = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', DDP_SCRIPT, str(r), str(tmp_path/'store')], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True) for r in range(2)]
     outs = [p.communicate(timeout=300) for p in ps]
     assert all('fine' in o for o,_ in outs), [e[-2000:] for _,e in outs]
 
@@ -619,7 +635,8 @@ print(json.dumps(dict(n=n, gained=status('VmHWM')-before)))
 @pytest.mark.parametrize('mode', [*(pytest.param(m, marks=pytest.mark.slow) for m in ('native','jit')), 'fused'])
 def test_peak_memory(mode):
     "Peak of a backward pass and a step above what stays: 4 bytes a parameter of gradients are gone, a fourth of what Adam's training holds"
-    def peak(release): return json.loads(subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, str(release), mode], capture_output=True, text=True, check=True,
+    def peak(release): return json.loads(subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, str(release), mode],
+                                                        capture_output=True, text=True, check=True,
         env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}).stdout)
     a,b = peak(False),peak(True)
     saved = (a['gained']-b['gained'])/a['n']

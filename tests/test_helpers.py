@@ -11,7 +11,8 @@ def same(a, b, **kw):
 
 @pytest.mark.parametrize('a,b', [
     (tensor([1.,2.]), tensor([1.,2.,3.])), (tensor([1.]), tensor(1.)), (tensor([1.,1.]), tensor([[1.,1.]])),
-    (tensor([1.]), tensor([1.]).double()), (tensor([1.]), [1.]), (tensor(1.), 1.), ([1.,2.], [1.]), ({'a':1}, {'b':1}), ({'a':1}, {'a':1,'b':2}),
+    (tensor([1.]), tensor([1.]).double()), (tensor([1.]), [1.]), (tensor(1.), 1.), ([1.,2.], [1.]), ({'a':1}, {'b':1}),
+    ({'a':1}, {'a':1,'b':2}),
     (1, 1.), (True, 1), (1, 2), ('a', 'b'), (None, 0), (tensor([1]), tensor([2])), (tensor([1.]), tensor([1.1])), (1., 1.1),
     (tensor([float('nan')]), tensor([1.])), (tensor([1.]), tensor([float('nan')])), (tensor([float('nan')]), tensor([float('nan')])),
     (tensor([float('inf')]), tensor([1.])), (tensor([float('inf')]), tensor([-float('inf')])), (float('nan'), float('nan')),
@@ -19,8 +20,10 @@ def same(a, b, **kw):
 def test_assert_same_fails(a, b): assert not same(a, b, rtol=1e-3, atol=1e-3)
 
 @pytest.mark.parametrize('a,b', [
-    (tensor([1.,2.]), tensor([1.,2.0005])), ([1.,2.], (1.,2.)), (L(1.,2.), [1.,2.]), ({'a':[tensor(1)]}, {'a':L(tensor(1))}), (None, None), ('a','a'),
-    (tensor([float('inf'),1.]), tensor([float('inf'),1.])), (1., np.float64(1.)), (torch.empty(0), torch.empty(0)), (np.ones(2), np.ones(2))])
+    (tensor([1.,2.]), tensor([1.,2.0005])), ([1.,2.], (1.,2.)), (L(1.,2.), [1.,2.]), ({'a':[tensor(1)]}, {'a':L(tensor(1))}), (None, None),
+    ('a','a'),
+    (tensor([float('inf'),1.]), tensor([float('inf'),1.])), (1., np.float64(1.)), (torch.empty(0), torch.empty(0)),
+    (np.ones(2), np.ones(2))])
 def test_assert_same_passes(a, b): assert same(a, b, rtol=1e-3, atol=1e-3)
 
 def test_assert_same_nan():

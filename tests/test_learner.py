@@ -14,7 +14,7 @@ from fastai.vision.core import TensorImageBW
 from torch.amp import GradScaler,autocast
 
 import fastxtend_opt.training.schedule
-from helpers import ALL_MODES,MODES,assert_bitwise,assert_same,interpreted_slow,slow
+from helpers import ALL_MODES,ENGINES,MODES,assert_bitwise,assert_same,interpreted_slow,slow
 from learner_utils import dls,learner,losses,no_warnings,weights
 
 RTOL = 1e-4
@@ -287,13 +287,11 @@ def test_every_optimizer_appears(opt): assert any(o[1]==opt for o in SCENARIOS.v
 
 @pytest.mark.parametrize('mode', MODES)
 def test_modes_are_in_use(mode):
-    import fastxtend_opt.all as eo
-    cls = dict(foreach=eo.ForEachOptimizer, jit=eo.JitOptimizer, fused=eo.FusedOptimizer, triton=eo.FusedOptimizer)[mode]
     for name in ('adam','ranger'):
         learn = learner(name, mode)
         learn.create_opt()
         opts = [learn.opt, getattr(learn.opt, 'opt', None)]     # Lookahead may be a wrapper
-        assert any(isinstance(o, cls) for o in opts)
+        assert any(isinstance(o, ENGINES[mode]) for o in opts)
 
 # ---------------------------------------------------------------- checkpoints
 _numpy = ['numpy.core is deprecated']   # fastai 2.8's load_model names np.core
@@ -322,7 +320,8 @@ def _across(name, mode, into):
     if 'triton' in (mode,into): return name=='adam' and 'native' in (mode,into)
     return name=='adam' or 'native' in (mode,into)
 
-@pytest.mark.parametrize('name,mode,into', [slow(n, a, b, when=not _across(n, a, b)) for n in CHECKPOINTED for a in ALL_MODES for b in ALL_MODES])
+@pytest.mark.parametrize('name,mode,into', [slow(n, a, b, when=not _across(n, a, b)) for n in CHECKPOINTED for a in ALL_MODES
+                                            for b in ALL_MODES])
 def test_save_and_load_across_modes(saved, name, mode, into):
     path,after = saved(name, mode)
     learn = learner(name, into, path)
@@ -349,7 +348,8 @@ def test_loading_into_a_used_learner_goes_back(saved, mode):
     with no_warnings(_numpy): learn.load('ten', with_opt=True)
     assert _go_on(learn, 'ranger')==after
 
-@pytest.mark.parametrize('mode,name', [slow(m, n, when=m=='triton') for m in ALL_MODES for n in (['adam'] if m=='triton' else ['adam','ranger','lamb'])])
+@pytest.mark.parametrize('mode,name', [slow(m, n, when=m=='triton') for m in ALL_MODES
+                                       for n in (['adam'] if m=='triton' else ['adam','ranger','lamb'])])
 def test_export_and_load_learner(mode, name, tmp_path):
     def train(m, path, fname):
         learn = learner(name, m, path)

@@ -27,7 +27,8 @@ import learner_utils as lu
 BF16,F16,F32 = torch.bfloat16,torch.float16,torch.float32
 BN = nn.modules.batchnorm._NormBase
 
-def net(): return nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*36,8), nn.LayerNorm(8), nn.Linear(8,10))
+def net(): return nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4*36,8), nn.LayerNorm(8),
+                                nn.Linear(8,10))
 def low(m, dtype=BF16): return {k for k,t in m.state_dict().items() if t.dtype is dtype}
 def bits(m): return {k: v.detach().clone() for k,v in m.state_dict().items()}
 
@@ -56,8 +57,10 @@ def test_values_are_rounded_to_the_nearest():
     for k,v in m.state_dict().items(): assert_bitwise(v, before[k].to(v.dtype), k)
 
 @pytest.mark.parametrize('keep,kept', [
-    ('6', {'6.weight','6.bias'}), ('6.weight', {'6.weight'}), (('0','4'), {'0.weight','0.bias','4.weight','4.bias'}), (nn.LayerNorm, {'5.weight','5.bias'}),
-    ('[46]*', {'4.weight','4.bias','6.weight','6.bias'}), ('*bias', {'0.bias','4.bias','5.bias','6.bias'}), ([nn.Conv2d,'5'], {'0.weight','0.bias','5.weight','5.bias'}),
+    ('6', {'6.weight','6.bias'}), ('6.weight', {'6.weight'}), (('0','4'), {'0.weight','0.bias','4.weight','4.bias'}),
+    (nn.LayerNorm, {'5.weight','5.bias'}),
+    ('[46]*', {'4.weight','4.bias','6.weight','6.bias'}), ('*bias', {'0.bias','4.bias','5.bias','6.bias'}),
+    ([nn.Conv2d,'5'], {'0.weight','0.bias','5.weight','5.bias'}),
     (nn.Sequential, {f'{i}.{k}' for i in (0,4,5,6) for k in ('weight','bias')})])
 def test_keep(keep, kept):
     m = to_low_precision(net(), keep=keep)
@@ -74,7 +77,8 @@ def test_keep_10_is_not_1():
     m = to_low_precision(nn.Sequential(*(nn.Linear(1,1) for _ in range(11))), keep='1')
     assert {k for k,_ in m.named_parameters()}-low(m)=={'1.weight','1.bias'}
 
-@pytest.mark.parametrize('kw,words', [(dict(keep='7'), "keep=\\['7'\\]"), (dict(keep=('6','head*')), 'head'), (dict(keep='2'), "'2'"), (dict(dtype=F32), 'bfloat16'), (dict(dtype='bf16'), 'bfloat16'), (dict(keep=3.), '3.0')])
+@pytest.mark.parametrize('kw,words', [(dict(keep='7'), "keep=\\['7'\\]"), (dict(keep=('6','head*')), 'head'), (dict(keep='2'), "'2'"),
+                                      (dict(dtype=F32), 'bfloat16'), (dict(dtype='bf16'), 'bfloat16'), (dict(keep=3.), '3.0')])
 def test_refused_before_anything_changes(kw, words):
     m = net()
     before = bits(m)
@@ -104,7 +108,8 @@ def test_what_is_no_float_stays():
     m.register_buffer('c', torch.ones(3, dtype=torch.complex64)); m.register_buffer('f', torch.ones(3), persistent=False)
     m.w,m.n = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False),None
     to_low_precision(m)
-    assert [t.dtype for t in (m.i,m.b,m.c,m.f,m.w)]==[torch.int64,torch.bool,torch.complex64,BF16,BF16] and m.none is None and not m.w.requires_grad
+    assert ([t.dtype for t in (m.i,m.b,m.c,m.f,m.w)]==[torch.int64,torch.bool,torch.complex64,BF16,BF16] and m.none is None
+            and not m.w.requires_grad)
     assert 'f' not in m.state_dict()
 
 def test_again_changes_nothing_but_can_keep_less():
@@ -161,11 +166,15 @@ def batch(xb, pred, dtype=BF16):
 
 def test_inputs_and_predictions():
     f,i,b = torch.ones(2),torch.arange(2),torch.ones(2, dtype=torch.bool)
-    xb,pred = batch((f, i, [f,(b,f.double())], dict(x=f, ids=i, name='a'), Pair(f,i), None, 3.), (f.bfloat16(), i, Output(logits=f.half(), hidden=(f.bfloat16(),))))
+    xb,pred = batch((f, i, [f,(b,f.double())], dict(x=f, ids=i, name='a'), Pair(f,i), None, 3.),
+                    (f.bfloat16(), i, Output(logits=f.half(), hidden=(f.bfloat16(),))))
     assert type(xb) is tuple and [xb[0].dtype, xb[1].dtype]==[BF16,torch.int64]
-    assert type(xb[2]) is list and type(xb[2][1]) is tuple and [xb[2][0].dtype, xb[2][1][0].dtype, xb[2][1][1].dtype]==[BF16,torch.bool,BF16]
-    assert xb[3]['x'].dtype is BF16 and xb[3]['ids'] is i and xb[3]['name']=='a' and type(xb[4]) is Pair and xb[4].a.dtype is BF16 and xb[5:]==(None,3.)
-    assert pred[0].dtype is F32 and pred[1].dtype is torch.int64 and type(pred[2]) is Output and pred[2].logits.dtype is F32 and pred[2].hidden[0].dtype is F32
+    assert type(xb[2]) is list and type(xb[2][1]) is tuple and [xb[2][0].dtype, xb[2][1][0].dtype,
+                                                                xb[2][1][1].dtype]==[BF16,torch.bool,BF16]
+    assert (xb[3]['x'].dtype is BF16 and xb[3]['ids'] is i and xb[3]['name']=='a' and type(xb[4]) is Pair and xb[4].a.dtype is BF16
+            and xb[5:]==(None,3.))
+    assert (pred[0].dtype is F32 and pred[1].dtype is torch.int64 and type(pred[2]) is Output and pred[2].logits.dtype is F32
+            and pred[2].hidden[0].dtype is F32)
     assert f.dtype is F32
 
 def test_subclasses_of_tensor_stay():
@@ -197,17 +206,19 @@ def test_learner(tmp_path, dtype):
     assert preds.dtype is F32 and (preds.argmax(1)==targs).float().mean()==acc
     assert learn.dls.one_batch()[0].dtype is F32
 
-@pytest.mark.parametrize('name,mode', [slow(n, m, when=n=='ranger' and m in ('foreach','jit')) for n in ('adam','ranger') for m in ALL_MODES[:-1]])
+@pytest.mark.parametrize('name,mode', [slow(n, m, when=n=='ranger' and m in ('foreach','jit')) for n in ('adam','ranger')
+                                       for m in ALL_MODES[:-1]])
 def test_as_float32_in_each_mode(mode, name):
-    "Losses of three epochs beside float32's"
+    "Losses of two epochs compared with float32's"
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         learns = [learner(mode, name=name, opt_kw=dict(state_dtype=F32)) for _ in range(2)]
         learns[1].to_low_precision()
-        for l in learns: l.fit_flat_cos(3, 4e-3)
+        for l in learns: l.fit_flat_cos(2, 4e-3)
     assert_same(*(torch.tensor(l.record.valid_losses) for l in learns[::-1]), rtol=.1, atol=.02)
 
-@pytest.mark.parametrize('to,name', [slow(m, n, when=(m, n) in (('foreach','adam'),('native','ranger'))) for m in ('native','foreach','jit') for n in ('adam','ranger')])
+@pytest.mark.parametrize('to,name', [slow(m, n, when=(m, n) in (('foreach','adam'),('native','ranger')))
+                                     for m in ('native','foreach','jit') for n in ('adam','ranger')])
 def test_saved_and_loaded_across_modes(tmp_path, name, to):
     "Weights, compensation and generator bit-exactly, and on from there as the mode itself would"
     a,b = (learner(m, name=name, path=tmp_path).to_low_precision() for m in ('fused',to))
@@ -251,7 +262,8 @@ def test_again_and_after_a_fit():
     learn = learner()
     learn.fit(1, 4e-3)
     learn.to_low_precision(); learn.to_low_precision(F16); learn.to_low_precision()
-    assert len([c for c in learn.cbs if isinstance(c, LowPrecisionInput)])==1 and learn.low_precision_input.dtype is BF16 and learn.opt is None
+    assert (len([c for c in learn.cbs if isinstance(c, LowPrecisionInput)])==1 and learn.low_precision_input.dtype is BF16
+            and learn.opt is None)
     learn.fit(1, 4e-3)
     assert 'kahan_comp' in learn.opt.state_dict()['state'][0]
 
@@ -262,7 +274,8 @@ def test_freeze_stays():
     assert learn.opt.frozen_idx==2
     before = bits(learn.model)
     learn.fit(1, 4e-3)
-    assert_bitwise({k:v for k,v in bits(learn.model).items() if 'running' not in k and 'num_b' not in k and not k.startswith('4')}, {k:v for k,v in before.items() if 'running' not in k and 'num_b' not in k and not k.startswith('4')})
+    assert_bitwise({k:v for k,v in bits(learn.model).items() if 'running' not in k and 'num_b' not in k and not k.startswith('4')},
+                   {k:v for k,v in before.items() if 'running' not in k and 'num_b' not in k and not k.startswith('4')})
     learn.unfreeze()
     learn.fit(1, 4e-3)
     assert (learn.model[0][0].weight != before['0.0.weight']).any()
@@ -281,7 +294,8 @@ def test_regression_with_dict_and_integer_inputs():
         def __init__(self): super().__init__(); self.emb,self.lin = nn.Embedding(5,4),nn.Linear(7,1)
         def forward(self, d): return dict(y=self.lin(torch.cat([self.emb(d['cat']), d['cont']], 1)).squeeze(1))
     gen = torch.Generator().manual_seed(0)
-    items = [(dict(cat=torch.randint(5, (), generator=gen), cont=torch.randn(3, generator=gen)), torch.randn((), generator=gen)) for _ in range(64)]
+    items = [(dict(cat=torch.randint(5, (), generator=gen), cont=torch.randn(3, generator=gen)), torch.randn((), generator=gen))
+             for _ in range(64)]
     dls = DataLoaders(*(DataLoader(items, bs=16) for _ in range(2)))
     kinds = set()
     def loss(p, y): kinds.add((p['y'].dtype, y.dtype)); return ((p['y']-y)**2).mean()
@@ -302,7 +316,8 @@ def test_refusal_leaves_the_learner():
     with pytest.raises(ValueError, match='nowhere'): learn.to_low_precision(keep='nowhere')
     assert not any(isinstance(c, LowPrecisionInput) for c in learn.cbs)
 
-@pytest.mark.parametrize('opt_func,warns', [(fo.Adam,True), (fo.ranger,True), (adam(),False), (ranger(fused=True),False), (adam(fused=True, kahan_sum=False),False)])
+@pytest.mark.parametrize('opt_func,warns', [(fo.Adam,True), (fo.ranger,True), (adam(),False), (ranger(fused=True),False),
+                                            (adam(fused=True, kahan_sum=False),False)])
 def test_warns_of_fastais_own_optimizers(opt_func, warns):
     learn = digits_learner(opt_func, lu.dls(n_train=64), digits_model(8,1))
     learn.remove_cb(ProgressCallback); learn.logger = noop
@@ -313,31 +328,35 @@ def test_warns_of_fastais_own_optimizers(opt_func, warns):
     assert any('opt_func=adam()' in str(o.message) for o in w)==warns
 
 # ---------------------------------------------------------------- accuracy
-def train(seed, low, epochs, lr, width, mode='fused', **kwargs):
-    learn = digits_learner(adam(**flags(mode), **kwargs), digits_dls(bs=32, seed=seed), digits_model(width, 1, seed=seed))
+def train(seed, low, epochs, lr, width, mode='fused', n_train=None, **kwargs):
+    learn = digits_learner(adam(**flags(mode), **kwargs), digits_dls(bs=32, seed=seed, n_train=n_train), digits_model(width, 1, seed=seed))
     learn.remove_cb(ProgressCallback); learn.logger = noop
     if low: learn.to_low_precision()
     learn.fit_one_cycle(epochs, lr)
     return learn.recorder.values[-1][1],100*learn.recorder.values[-1][2]
 
 def test_digits_as_float32_and_not_without_kahan():
-    "A loss within 1% of float32's; plain bfloat16's is more than 10% worse"
-    f32,kahan,plain = (train(1, *a, epochs=4, lr=4e-4, width=8, **kw)[0] for a,kw in (((False,),{}),((True,),{}),((True,),dict(kahan_sum=False))))
-    assert abs(kahan-f32) < .01*f32 and plain > 1.03*f32, (f32, kahan, plain)
+    "A loss within 0.1% of float32's, and twenty times nearer to it than plain bfloat16's"
+    cases = (False,{}),(True,{}),(True,dict(kahan_sum=False))
+    f32,kahan,plain = (train(1, low, epochs=3, lr=4e-4, width=8, n_train=512, **kw)[0] for low,kw in cases)
+    assert abs(kahan-f32) < .001*f32 and plain-f32 > 20*abs(kahan-f32), (f32, kahan, plain)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kw', [{}, dict(state_dtype=F32), dict(mode='foreach')])
 def test_digits_accuracy_of_three_seeds(kw):
     "Within 1 point of float32, where plain bfloat16 is not"
-    f32,kahan,plain = (sum(train(s, *a, epochs=14, lr=3e-4, width=16, **k)[1] for s in (1,2,3))/3 for a,k in (((False,),{}),((True,),kw),((True,),dict(kahan_sum=False))))
+    f32,kahan,plain = (sum(train(s, *a, epochs=14, lr=3e-4, width=16, **k)[1] for s in (1,2,3))/3 for a,
+                       k in (((False,),{}),((True,),kw),((True,),dict(kahan_sum=False))))
     assert abs(kahan-f32) < 1 < f32-plain and f32>90, (f32, kahan, plain)
 
 # ---------------------------------------------------------------- memory
 @pytest.mark.parametrize('mode', ALL_MODES[:-1])
-@pytest.mark.parametrize('dtype,kw,want', [(F32,{},16), (BF16,{},10), (BF16,dict(state_dtype=F32),14), (BF16,dict(stochastic_rounding=True),8), (F32,dict(state_dtype=BF16),12)])
+@pytest.mark.parametrize('dtype,kw,want', [(F32,{},16), (BF16,{},10), (BF16,dict(state_dtype=F32),14),
+                                           (BF16,dict(stochastic_rounding=True),8), (F32,dict(state_dtype=BF16),12)])
 def test_bytes_a_parameter(mode, dtype, kw, want):
     w = nn.Parameter(torch.ones(1000, dtype=dtype))
     opt = Adam([w], lr=1e-3, **kw, **flags(mode))
     for _ in range(2): w.grad = torch.ones_like(w); opt.step()
-    ts = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (w, w.grad, *(o for o in opt.state[w].values() if isinstance(o, torch.Tensor)))}
+    ts = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+          for t in (w, w.grad, *(o for o in opt.state[w].values() if isinstance(o, torch.Tensor)))}
     assert sum(ts.values())==want*1000

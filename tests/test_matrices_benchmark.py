@@ -42,12 +42,14 @@ def test_turns_and_goals():
     res = B.bench_matrix_case(SMALL, rounds=3, warmup=1)
     assert [r['contestant'] for r in res['rows']] == ['fastxtend_opt native','fastxtend_opt foreach','torch Muon'] and not res['missing']
     assert len(res['order']) == 3 and sorted(map(tuple, res['order'])) != [tuple(res['order'][0])]*3 # another one begins each round
-    assert res['goal']['value'] == pytest.approx(res['rows'][2]['step']['median']/res['rows'][1]['step']['median']) and res['goal']['reached'] is (res['goal']['value'] >= 1.5)
+    assert (res['goal']['value'] == pytest.approx(res['rows'][2]['step']['median']/res['rows'][1]['step']['median'])
+            and res['goal']['reached'] is (res['goal']['value'] >= 1.5))
     assert B.bench_matrix_case(SMALL._replace(goal=None), 1, 0)['goal']['reached'] is None
 
 def test_missing_ones_are_named():
     res = B.bench_matrix_case(SMALL._replace(optimizer='nobody'), 1, 0)
-    assert [m['who'] for m in res['missing']] == ['fastxtend_opt nobody'] and "no optimizer 'nobody'" in res['missing'][0]['why'] and res['goal']['value'] is None
+    assert ([m['who'] for m in res['missing']] == ['fastxtend_opt nobody'] and "no optimizer 'nobody'" in res['missing'][0]['why']
+            and res['goal']['value'] is None)
     res = B.bench_matrix_case(SMALL._replace(lib='not_a_library'), 1, 0)
     assert 'not_a_library' in res['missing'][0]['why'] and [r['vs_peer'] for r in res['rows']] == [None]*2
     with pytest.raises(ValueError, match="'adam' has no case. Those that have one: muon"): B.bench_matrices('adam')

@@ -71,7 +71,8 @@ def no_grads_at_first(i, opt, params, stream): stream.set(params, i, skip=range(
 
 @scenario
 def freeze_unfreeze(i, opt, params, stream):
-    "As `learn.freeze()` and `unfreeze()`: grads of frozen tensors stay as zeros; `force_train` keeps one training; `clear_state` both times"
+    """As `learn.freeze()` and `unfreeze()`: grads of frozen tensors stay as zeros; `force_train` keeps one training; `clear_state` both
+    times"""
     if i==0: opt.state[params[1]]['force_train'] = True
     if i==6:  opt.freeze_to(1);  opt.clear_state()
     if i==15: opt.unfreeze();    opt.clear_state()
@@ -141,14 +142,16 @@ def trajectory(name, mode, option, decay, dtype, scen, n=N, nudged=False):
     return run_trajectory(opt_func(name, mode, **kw), n, dtype, SCENARIOS[scen], at=AT, stream=stream)
 
 def tolerance(dtype, scen, name=''):
-    "Relative to values of order 1, with spikes to the thousands that cancel in the averages, to undamped sums (AggMo's reach 20, and cancel) and to an average over a floor of .01 (Apollo's)"
+    """Relative to values of order 1, with spikes to the thousands that cancel in the averages, to undamped sums (AggMo's reach 20, and
+    cancel) and to an average over a floor of .01 (Apollo's)"""
     tol = TOL[dtype]
     return {**tol, 'atol': tol['atol']*(1e3 if scen=='spikes' else dict(aggmo=10, apollo=100).get(name, 1))}
 
 def comparable(snap, name, dtype):
     "A snapshot without the state that rounding decides in float32 (`ROUNDED` of the oracle's module)"
     names = () if dtype is torch.float64 else getattr(oracles.load().get(name), 'ROUNDED', ())
-    return {**snap, 'opt':{**snap['opt'], 'state':[{k:v for k,v in st.items() if k not in names} for st in snap['opt']['state']]}} if names else snap
+    return {**snap, 'opt':{**snap['opt'], 'state':[{k:v for k,v in st.items() if k not in names}
+                                                   for st in snap['opt']['state']]}} if names else snap
 
 def check(name, mode, option, decay, dtype, scen, n=N):
     got,ref = trajectory.__wrapped__(name, mode, option, decay, dtype, scen, n),trajectory(name, 'native', option, decay, dtype, scen, n)
@@ -163,8 +166,8 @@ def check(name, mode, option, decay, dtype, scen, n=N):
 
 DT = {'f32': torch.float32, 'f64': torch.float64}
 def diverges(name, option, decay, dtype, scen):
-    """LARS without decay divides by eps alone where a whole gradient is zero: native's rate reaches 1e7, weights 1e15 and NaN, and float32 keeps
-    no digit that could be compared. float64 does, and is compared."""
+    """LARS without decay divides by eps alone where a whole gradient is zero: native's rate reaches 1e7, weights 1e15 and NaN, and float32
+    keeps no digit that could be compared. float64 does, and is compared."""
     return name=='larc' and options(name)[option].get('clip') is False and (decay,dtype,scen) == ('none','f32','zero_grad_tensors')
 
 def cells():
@@ -172,11 +175,13 @@ def cells():
     return [(n,o,d,t,s,m) for n in NAMES for o in range(len(options(n))) for d in decays(n) for t in DT for s in SCENARIOS for m in MODES
             if not diverges(n, o, d, t, s) and ('fused' if m=='triton' else m) in ROWS[n].modes]
 
-THOROUGH = ('adam','ranger','larc') # elementwise, with slow weights, with reductions: every scenario in every mode that needs no interpreter
+# elementwise, with slow weights, with reductions: every scenario in every mode that needs no interpreter
+THOROUGH = ('adam','ranger','larc')
 def default_cells(cells):
     "A pairwise covering of the matrix, in which each optimizer meets each scenario once, and the scenarios of `THOROUGH`"
     scens = list(SCENARIOS)
-    order = sorted(cells, key=lambda c: (k := NAMES.index(c[0]), (scens.index(c[4])+k) % len(scens))) # another scenario first for each optimizer
+    # another scenario first for each optimizer
+    order = sorted(cells, key=lambda c: (k := NAMES.index(c[0]), (scens.index(c[4])+k) % len(scens)))
     res = pairwise(order, group=itemgetter(0, 4), dear=lambda c: c[5]=='triton' and c[0])
     return {*res, *(c for c in cells if c[0] in THOROUGH and c[1:4]==(0,'decoupled','f32') and c[5]!='triton')}
 
@@ -185,7 +190,8 @@ DEFAULT = default_cells(CELLS)
 MATRIX = [slow(*c, when=c not in DEFAULT, id='-'.join(map(str, c))) for c in CELLS if c in DEFAULT or helpers.SLOW]
 
 def test_default_cells_cover_all_pairs():
-    "Every two values of two columns that any cell has together, a default cell has together; so every optimizer meets every mode and scenario"
+    """Every two values of two columns that any cell has together, a default cell has together; so every optimizer meets every mode and
+    scenario"""
     for i,j in combinations(range(6), 2):
         missing = {(c[i],c[j]) for c in CELLS} - {(c[i],c[j]) for c in DEFAULT}
         assert not missing, f'{i}, {j}: {sorted(map(str, missing))}'
@@ -232,7 +238,8 @@ def cast(o, dtype):
     if isinstance(o, (list,tuple,L)): return [cast(v, dtype) for v in o]
     return copy.deepcopy(o)
 
-SIGNS = ('lion','sophia',*(n for n,o in oracles.load().items() if getattr(o, 'SIGNED', False))) # the last bit of a sum, which a fused multiply-add may change, decides the direction of a step
+# the last bit of a sum, which a fused multiply-add may change, decides the direction of a step
+SIGNS = ('lion','sophia',*(n for n,o in oracles.load().items() if getattr(o, 'SIGNED', False)))
 def as_signed(got, want, lr):
     "`want`, with `got` at the elements (1 in 10,000 at most) that took a step of `lr` elsewhere: back, or none"
     far = [(a.double()-b.double()).abs() for a,b in zip(got, want)]
@@ -241,20 +248,21 @@ def as_signed(got, want, lr):
     return [torch.where(o, a, b) for o,a,b in zip(off, got, want)]
 
 CANCEL = 4*2**-24 # the float32 rounding of a sum of values of order 1
-# and what comes of it further on: the last bit of a masked optimizer's step decides whether the element is let through, and one more or less in
-# 10,000, about half of which are, changes the factor of all steps by 1e-4/.5 of 1/.5; Apollo divides by no less than .01
+# and what comes of it further on: the last bit of a masked optimizer's step decides whether the element is let through, and one more or
+# less in 10,000, about half of which are, changes the factor of all steps by 1e-4/.5 of 1/.5; Apollo divides by no less than .01
 CANCELS = dict(cadamw=4e-4*LR, clion=4e-4*LR, apollo=100*CANCEL)
 LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
-LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled') != (t=='f16') if n in CORE else (d,t)==(list(decays(n))[:2][-1],'bf16')) else pytest.mark.slow)
+LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled') != (t=='f16')
+    if n in CORE else (d,t)==(list(decays(n))[:2][-1],'bf16')) else pytest.mark.slow)
             for n in NAMES for d in decays(n) for t in LOW]
 
 @pytest.mark.parametrize('name,decay,dtype,mode', [
     slow(*c.values, m, id=f'{c.id}-{m}', when=bool(c.marks) or (m=='triton' and c.values[0] not in INTERPRETED))
     for c in LOWCASES for m in ('fused','triton')])
 def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
-    """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one ulp
-    off native's float32 step, whose own sums may fall on the other side of a rounding boundary. Where a sum of values of order 1 cancels, its
-    float32 rounding is more than an ulp of what is left, hence the absolute part."""
+    """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one
+    ulp off native's float32 step, whose own sums may fall on the other side of a rounding boundary. Where a sum of values of order 1
+    cancels, its float32 rounding is more than an ulp of what is left, hence the absolute part."""
     kw,dtype,cancel = decays(name)[decay],LOW[dtype],max(CANCEL, CANCELS.get(name, 0))
     params,stream = make_params(dtype=dtype),GradStream(1)
     opt = opt_func(name, mode, kahan_sum=False, **kw)(two_groups(params))
@@ -272,14 +280,16 @@ def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
         got,state = detach_copy(opt.state_dict()),cast(twin.state_dict(), dtype)
         for p,st,wide in zip(params, state['state'], twin.state_dict()['state']): # matrices stay in float32
             st.update((k, v.clone()) for k,v in wide.items() if isinstance(v, torch.Tensor) and kind_of(v.shape, p.shape)[0]=='o')
-        if ROWS[name].kind=='model': assert_same(got.pop('hypers'), state.pop('hypers'), rtol=1e-5, atol=1e-10) # sums over the model are among them, in another order
+        # sums over the model are among them, in another order
+        if ROWS[name].kind=='model': assert_same(got.pop('hypers'), state.pop('hypers'), rtol=1e-5, atol=1e-10)
         assert_ulps(got, state, 1, cancel, f'step {i}')
 
 @pytest.mark.parametrize('mode', ['foreach','jit'])
 @pytest.mark.parametrize('name,decay,dtype', LOWCASES)
 def test_low_precision_rounds_as_native(name, decay, dtype, mode):
-    """foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps. torch sums a tensor in the order of
-    its layout and of its shape, which these modes may flatten: for a reduction one step within an ulp of the value or of the update is asked."""
+    """foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps. torch sums a tensor in the
+    order of its layout and of its shape, which these modes may flatten: for a reduction one step within an ulp of the value or of the
+    update is asked."""
     kw,dtype = decays(name)[decay],LOW[dtype]
     a,b = (run_trajectory(opt_func(name, m, kahan_sum=False, **kw), 3, dtype, no_decay_on_some) for m in (mode,'native'))
     if ROWS[name].kind=='elementwise':
@@ -287,7 +297,8 @@ def test_low_precision_rounds_as_native(name, decay, dtype, mode):
     else: assert_ulps(a[0], b[0], 1, torch.finfo(dtype).eps*LR)
 
 # ---------------------------------------------------------------- checkpoints
-FASTAI_SAFE = [L, np._core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]] # as fastai/learner.py's load_model
+# as fastai/learner.py's load_model
+FASTAI_SAFE = [L, np._core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
 
 def through_file(sd):
     "What `learn.save` and `learn.load` make of a state_dict"
@@ -313,8 +324,8 @@ def _go_on(params, opt, n=6):
     return snapshot(params, opt)
 
 def _crossings(name):
-    """Each mode to each. By default one that is not of `CORE` goes from each mode to itself, and from native on in a circle; Triton's interpreter
-    comes in for a few, to itself and to native and back."""
+    """Each mode to each. By default one that is not of `CORE` goes from each mode to itself, and from native on in a circle; Triton's
+    interpreter comes in for a few, to itself and to native and back."""
     circle = [m for m in ALL_MODES if m!='triton']
     def default(a, b):
         if 'triton' in (a,b): return name in INTERPRETED and (a==b or 'native' in (a,b))
@@ -443,12 +454,15 @@ def test_step_keeps_storage_and_objects(name, mode):
         opt.step()
         assert [p.data_ptr() for p in params]==ptrs and [id(p) for p in params]==ids
         assert [(id(p.grad), p.grad.data_ptr()) for p in params]==[(id(g),d) for g,d in grads]
-        if mode != 'native' and name != 'larc' and not (name=='adopt' and i==0): # ADOPT's first step only begins the average; native's `p.data` hides the change from autograd; LARC leaves a tensor of norm 0 as it is
+        # ADOPT's first step only begins the average; native's `p.data` hides the change from autograd; LARC leaves a tensor of norm 0 as it
+        # is
+        if mode != 'native' and name != 'larc' and not (name=='adopt' and i==0):
             assert all(p._version>v for p,v in zip(params, versions) if p.numel()), 'autograd must see the in-place change'
 
 @pytest.mark.parametrize('mode', MODES)
 def test_autograd_sees_the_step(mode):
-    "A graph made before the step must refuse to run after it (native's `p.data` hides the change: gradients are wrong there without a word)"
+    """A graph made before the step must refuse to run after it (native's `p.data` hides the change: gradients are wrong there without a
+    word)"""
     p = nn.Parameter(torch.ones(4))
     opt = opt_func('adam', mode)([p])
     p.grad = torch.ones(4)
@@ -693,22 +707,23 @@ def s_extra_scalar(p, step, lr, **kwargs):
     if r<.2: p.data.mul_(1-lr)
 
 USERS = {
-    'temporaries': [s_temporaries], 'out_of_place_state': [s_out_of_place], 'state_from_p': [s_init_from_p], 'state_from_g2': [s_init_from_g2],
+    'temporaries': [s_temporaries], 'out_of_place_state': [s_out_of_place], 'state_from_p': [s_init_from_p],
+    'state_from_g2': [s_init_from_g2],
     'prior_grad': [s_prior], 'functions': [s_functions], 'masks': [s_masks], 'comparisons': [s_comparisons], 'softplus': [s_softplus],
     'inplace_chain': [s_inplace_chain], 'clips_grad': [s_clips_grad], 'scales_grad': [s_scales_grad, average_grad, momentum_step],
     'norms': [s_norms], 'reductions': [s_reductions], 'two_phases': [s_two_phases],
     'scalar_state': [s_scalar_state], 'numpy_scalars': [s_numpy_scalars], 'scalar_tensor_state': [s_scalar_tensor_state],
-    'scalar_tensor_changed_last': [s_scalar_tensor_changed_last], 'spread': [s_spread], 'buffer_from_grad': [s_buffer_from_grad], 'keeps_grad': [s_keeps_grad], 'plain_p': [s_plain_p],
-    'class': [ClassStepper()], 'class3': [ClassStepper(3)], 'returns_tensor': [s_returns_self], 'closure': [lambda p, lr, **kwargs: p.data.sub_(p.grad.data*(lr/2))],
+    'scalar_tensor_changed_last': [s_scalar_tensor_changed_last], 'spread': [s_spread], 'buffer_from_grad': [s_buffer_from_grad],
+    'keeps_grad': [s_keeps_grad], 'plain_p': [s_plain_p],
+    'class': [ClassStepper()], 'class3': [ClassStepper(3)], 'returns_tensor': [s_returns_self],
+    'closure': [lambda p, lr, **kwargs: p.data.sub_(p.grad.data*(lr/2))],
     'chain': [weight_decay, partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step, s_extra_scalar],
-    'state_made_by_another': [s_out_of_place, s_state_updated_twice], 'partial': [partial(s_out_of_place, mom=.3)], 'fastai_sgd': [l2_reg, sgd_step]}
+    'state_made_by_another': [s_out_of_place, s_state_updated_twice], 'partial': [partial(s_out_of_place, mom=.3)],
+    'fastai_sgd': [l2_reg, sgd_step]}
 HYPERS = {'chain': dict(mom=.9, sqr_mom=.99, eps=1e-5)}
 REDUCES = ('norms','reductions','two_phases','scalar_tensor_state','scalar_tensor_changed_last','spread','keeps_grad')
 
-def engine(mode):
-    if mode=='native': return Optimizer
-    import fastxtend_opt.all as o
-    return WithBackend(dict(foreach=o.ForEachOptimizer, jit=o.JitOptimizer, fused=o.FusedOptimizer, triton=o.FusedOptimizer)[mode], mode)
+def engine(mode): return Optimizer if mode=='native' else WithBackend(ENGINES[mode], mode)
 
 def run_user(user, mode, dtype, scen=plain, n=8, shapes=tuple(s for s in SHAPES if 0 not in s)):
     params = make_params(shapes, dtype=dtype) # amax of nothing is an error in torch: no empty tensors
@@ -760,7 +775,8 @@ def test_inf_and_nan_grads(name, mode):
     got,ref = run(mode),run('native')
     for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], equal_nan=True, path=f'step {i}')
     if name=='rprop': return # the sign of NaN is 0, and its state is one gradient: two steps later nothing is NaN
-    spread = [s['grad_avg'] for s in ref[7]['opt']['state']] if name in SIGNS and name!='sophia' else ref[7]['params'] # the sign of NaN is 0: the weights stay, the average is NaN
+    # the sign of NaN is 0: the weights stay, the average is NaN
+    spread = [s['grad_avg'] for s in ref[7]['opt']['state']] if name in SIGNS and name!='sophia' else ref[7]['params']
     assert any(o.isnan().any() for o in spread)
 
 @pytest.mark.parametrize('mode', MODES)
@@ -771,7 +787,8 @@ def test_float_range(name, mode):
     scales = [1e-42, 1e-30, 1e-20, 1e15, 1e25, 1e37, 1e-38, 1.]
     def extreme(i, opt, params, stream):
         for j,p in enumerate(params): p.grad = (stream.values(p, i, j)*scales[(i+j)%8]).to(p.dtype)
-    def run(m): return run_trajectory(opt_func(name, m), 8, torch.float32, extreme, params=make_params(((9,),(5,4),(33,)), channels_last=False, big=False))
+    def run(m): return run_trajectory(opt_func(name, m), 8, torch.float32, extreme,
+                                      params=make_params(((9,),(5,4),(33,)), channels_last=False, big=False))
     got,ref = run(mode),run('native')
     for i in got:
         for j,(a,b) in enumerate(zip(got[i]['params'], ref[i]['params'])):
@@ -887,7 +904,8 @@ def test_weights_tied_later(mode, way, when, threads):
             if way=='same': params[1].data = params[0].data
             else: params[0].data,params[1].data = buf[:30_000],buf[5_000:35_000]
         stream.set(params, i)
-    def run(m): return run_trajectory(opt_func('adam', m, wd=.1), 5, None, tie, params=make_params([(30_000,),(30_000,),(4,5)], channels_last=False), groups=list)
+    def run(m): return run_trajectory(opt_func('adam', m, wd=.1), 5, None, tie,
+                                      params=make_params([(30_000,),(30_000,),(4,5)], channels_last=False), groups=list)
     threads(2)
     got,ref = run(mode),run('native')
     for i in got: assert_same(got[i], ref[i], **TOL[torch.float32], path=f'step {i}')
@@ -902,7 +920,8 @@ def test_parameters_and_steppers_may_change_between_steps(mode):
         if i==5: opt.param_lists[1].pop(0)
         if i==7: opt.cbs = L(weight_decay, sgd_step)
         stream.set(params, i)
-    def run(m): return run_trajectory(opt_func('adam', m), 9, None, change, params=make_params(dtype=torch.float64, big=False), groups=lambda ps: [ps[:3], ps[3:]])
+    def run(m): return run_trajectory(opt_func('adam', m), 9, None, change, params=make_params(dtype=torch.float64, big=False),
+                                      groups=lambda ps: [ps[:3], ps[3:]])
     got,ref = run(mode),run('native')
     for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], path=f'step {i}')
 
@@ -928,7 +947,8 @@ def test_grads_of_fastais_tensor_class(mode):
     def wrap(i, opt, params, stream):
         stream.set(params, i)
         for p in params: p.grad = p.grad.as_subclass(TensorBase)
-    def run(m): return run_trajectory(opt_func('lamb', m, wd=.1, decouple_wd=False), 4, torch.float64, wrap, params=make_params(dtype=torch.float64, big=False))
+    def run(m): return run_trajectory(opt_func('lamb', m, wd=.1, decouple_wd=False), 4, torch.float64, wrap,
+                                      params=make_params(dtype=torch.float64, big=False))
     got,ref = run(mode),run('native')
     for i in got: assert_same(got[i], ref[i], **TOL[torch.float64], path=f'step {i}')
 
@@ -1048,8 +1068,8 @@ def _in_child(*args):
         p.join(1)
         if p.is_alive(): p.kill()
 
-# a child of a process whose OpenMP threads have run hangs in torch's own parallel loops unless it has one thread (DataLoader's workers have one):
-# with two, only what the fused kernel does by itself can be asked for, once the state exists
+# a child of a process whose OpenMP threads have run hangs in torch's own parallel loops unless it has one thread (DataLoader's workers have
+# one): with two, only what the fused kernel does by itself can be asked for, once the state exists
 FORKS = [(m,w,p,1) for m in MODES for w in ('before_first_step','after_first_step') for p in (1,2)] + [('fused','after_first_step',2,2)]
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')

@@ -17,7 +17,8 @@ MODES = ('foreach','fused','triton')
 
 def some(names, *fast):
     "(name, mode) pairs: each kernel takes a second to build, so that by default foreach does all, and the others those of `fast`"
-    return pytest.mark.parametrize('name, mode', [pytest.param(n, m, marks=() if m == 'foreach' or (n, m) in fast else pytest.mark.slow) for n in names for m in MODES])
+    return pytest.mark.parametrize('name, mode', [pytest.param(n, m, marks=() if m == 'foreach' or (n, m) in fast else pytest.mark.slow)
+                                                  for n in names for m in MODES])
 QUICK = pytest.mark.parametrize('mode', ('foreach', 'fused', pytest.param('triton', marks=pytest.mark.slow)))
 SHAPES = ((4,3),(3,5),(3,5),(6,2,1,2),(4,3),(1,7))
 CALLS = []
@@ -69,7 +70,8 @@ def give_grads(ps, seed, skip=()):
         g = torch.randn(p.shape, generator=gen, dtype=torch.float64).to(p.dtype)
         p.grad = None if i in skip else torch.empty_like(p).copy_(g)
 
-def make(cbs, ps, mode='native', **kwargs): return make_optimizer([ps[:2],ps[2:]], cbs, **{**dict(lr=[.01,.05], wd=.1, mom=.9), **kwargs}, **flags(mode))
+def make(cbs, ps, mode='native', **kwargs): return make_optimizer([ps[:2],ps[2:]], cbs, **{**dict(lr=[.01,.05], wd=.1, mom=.9), **kwargs},
+                                                                  **flags(mode))
 
 def train(cbs, mode, steps=5, dtype=torch.float64, shapes=SHAPES, skip=lambda t: (), change=None, **kwargs):
     ps = params(dtype, shapes)
@@ -180,7 +182,8 @@ def by_rows(p, lr, **kwargs):
     r = p.grad.data.norm(dim=1, keepdim=True)
     p.data.sub_(lr*doubled(p.grad.data/r)*doubled(r))
 
-CROSSING = dict(kept_alone=kept_alone, numbers_and_masks=numbers_and_masks, turn_about=turn_about, through_gradient=through_gradient, by_rows=by_rows)
+CROSSING = dict(kept_alone=kept_alone, numbers_and_masks=numbers_and_masks, turn_about=turn_about, through_gradient=through_gradient,
+                by_rows=by_rows)
 MATRICES = ((4,3),(3,5),(3,5),(1,7))
 
 @some(CROSSING, ('numbers_and_masks','fused'), ('by_rows','fused'), ('numbers_and_masks','triton'))
@@ -230,22 +233,26 @@ def test_weights_are_read_and_written_once():
     slots = TapeSlot('p','e',f),TapeSlot('grad','e',f),TapeSlot('grad_avg','e',f)
     tape,_ = trace_steppers(ALONE, slots, {}, dict(lr=.1, wd=.1, mom=.9))
     first,second = cut_tape(tape).parts
-    assert [first.slots[i].name for i,_ in first.stores] == ['grad_avg', first.slots[-1].name] and second.stores[0][0] == 0 and len(second.stores) == 1
+    assert ([first.slots[i].name for i,_ in first.stores] == ['grad_avg', first.slots[-1].name] and second.stores[0][0] == 0
+            and len(second.stores) == 1)
     assert cut_tape(tape) is cut_tape(tape)
 
 # ---------------------------------------------------------------- storage
-LOW = dict(kahan=dict(), rounding=dict(stochastic_rounding=True), wide=dict(state_dtype=torch.float32), plain=dict(kahan_sum=False, state_dtype=torch.bfloat16))
+LOW = dict(kahan=dict(), rounding=dict(stochastic_rounding=True), wide=dict(state_dtype=torch.float32),
+           plain=dict(kahan_sum=False, state_dtype=torch.bfloat16))
 
 @some(LOW, ('rounding','fused'), ('kahan','triton'))
 def test_bfloat16(name, mode):
     shapes = ((4,3),(3,5),(3,5),(6,2,1,2))
     a,b = (train(FULL, m, 4, torch.bfloat16, shapes, **LOW[name]) for m in (mode, 'native'))
-    assert {k:v.dtype for k,v in a[1].state[a[0][0]].items() if isinstance(v, torch.Tensor)} == {k:v.dtype for k,v in b[1].state[b[0][0]].items() if isinstance(v, torch.Tensor)}
+    assert {k:v.dtype for k,v in a[1].state[a[0][0]].items() if isinstance(v, torch.Tensor)} == {k:v.dtype for k,
+        v in b[1].state[b[0][0]].items() if isinstance(v, torch.Tensor)}
     assert a[1].state[a[0][0]]['gg'].dtype is torch.float32 # opaque state is no storage's business
     for p,q in zip(a[0], b[0]): assert ((p.float()-q.float()).abs() <= 2**-7*q.float().abs() + 1e-3).all()
 
 # ---------------------------------------------------------------- copies, resume
-@pytest.mark.parametrize('mode, other', [('native','foreach'), ('foreach','native'), ('fused','foreach'), pytest.param('triton', 'native', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('mode, other', [('native','foreach'), ('foreach','native'), ('fused','foreach'),
+                                         pytest.param('triton', 'native', marks=pytest.mark.slow)])
 def test_resume(mode, other):
     ps,opt = train(FULL, mode, 3)
     sd = pickle.loads(pickle.dumps(opt.state_dict()))
@@ -367,7 +374,8 @@ def of_matrices(x): return x.clone()
 
 @pytest.mark.parametrize('mode', ('native',)+MODES)
 def test_errors_of_functions(mode):
-    for f,match in ((writes,"'writes' writes into a tensor"), (not_batched,r"'not_batched': result 0 is of shape \(12,\)"), (two,"'two' returned 2 results, and 1 was"), (nothing,'NoneType')):
+    for f,match in ((writes,"'writes' writes into a tensor"), (not_batched,r"'not_batched': result 0 is of shape \(12,\)"),
+                    (two,"'two' returned 2 results, and 1 was"), (nothing,'NoneType')):
         with pytest.raises(ValueError, match=match): wrong(f, mode=mode)
     with pytest.raises(ValueError, match=r"'of_matrices' works on tensors of 2 axes.*\(5,\)"): wrong(of_matrices, mode=mode, shapes=((5,),))
 

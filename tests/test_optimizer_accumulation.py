@@ -21,7 +21,9 @@ from fastxtend_opt.training.gradient_release import GradientRelease,prepare_for_
 from fastxtend_opt.training.optimizer_accumulation import OptimizerAccumulation
 from helpers import *
 
-FREE = [r.name for r in list_optimizers() if r.kind=='model' or r.name.endswith('schedulefree') or r.name in ('rprop','adagrad','adadelta','adafactor','grams','apollo')] # without an average of the gradient; its sign decides (Grams); its change is divided by a step that is not made (Apollo)
+# without an average of the gradient; its sign decides (Grams); its change is divided by a step that is not made (Apollo)
+FREE = [r.name for r in list_optimizers() if r.kind=='model' or r.name.endswith('schedulefree')
+        or r.name in ('rprop','adagrad','adadelta','adafactor','grams','apollo')]
 NAMES = [r.name for r in list_optimizers() if r.name not in FREE]
 KW = {k:dict(mom=.9) for k in ('sgd','rmsprop','larc','sgdp','shampoo')}
 
@@ -65,8 +67,8 @@ def test_bfloat16(mode):
         assert same==(True, True) if i%3 < 2 else not same[1], (i, same)
     assert opt.state[params[0]]['step']==9
 
-@pytest.mark.parametrize('mode', ALL_MODES)
-@pytest.mark.parametrize('name', ['adam','ranger','lion','larc'])
+@pytest.mark.parametrize('name,mode', [slow(n, m, when=m=='triton' and n!='larc') for n in ('adam','ranger','lion','larc')
+                                       for m in ALL_MODES])
 def test_with_gradient_release(name, mode):
     "The same, bit for bit, whether the gradients are released or not"
     def run(release):
@@ -105,7 +107,8 @@ def test_own_steppers():
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_equal_gradients_are_one_large_batch(mode):
-    "With `mom**(1/n)` and `sqr_mom**(1/n)`, n micro-batches of one gradient are one batch with it: what differs otherwise is the micro-batches' noise"
+    """With `mom**(1/n)` and `sqr_mom**(1/n)`, n micro-batches of one gradient are one batch with it: what differs otherwise is the
+    micro-batches' noise"""
     n,size,gen = 4,32,torch.Generator().manual_seed(0)
     a,b = (nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64)) for _ in range(2))
     with backend_of(mode):
@@ -133,12 +136,14 @@ def noisy(accumulate, n=4, steps=60, **kw):
     return p.detach(),(p.detach()-target).norm().item()
 
 def test_distance_to_gradient_accumulation():
-    "An approximation: after 60 steps it is off by 7% of the way here with the coefficients' roots and 11% without, and 4% and 8% farther from the solution"
+    """An approximation: after 60 steps it is off by 7% of the way here with the coefficients' roots and 11% without, and 4% and 8% farther
+    from the solution"""
     (a,da),(b,db),(c,dc) = noisy(False),noisy(True, mom=.9**.25, sqr_mom=.99**.25),noisy(True)
     off = [((x-a).norm()/a.norm()).item() for x in (b, c)]
     assert off[0] < .08 and off[0] < off[1] < .125 and db < 1.06*da and dc < 1.1*da, (off, da, db, dc)
 
-@pytest.mark.parametrize('name,kw', [('sgd',{}), ('sgd',dict(mom=0.)), ('rmsprop',{}), ('rmsprop',dict(mom=0.)), ('larc',dict(mom=0.)), ('adam',dict(mom=0.)), *[(n,{}) for n in FREE if get_optimizer(n).kind!='model']])
+@pytest.mark.parametrize('name,kw', [('sgd',{}), ('sgd',dict(mom=0.)), ('rmsprop',{}), ('rmsprop',dict(mom=0.)), ('larc',dict(mom=0.)),
+                                     ('adam',dict(mom=0.)), *[(n,{}) for n in FREE if get_optimizer(n).kind!='model']])
 @pytest.mark.parametrize('mode', ['native','fused'])
 def test_no_average_no_accumulation(name, kw, mode):
     opt = get_optimizer(name).func([nn.Parameter(torch.ones(2))], lr=.1, **kw, **flags(mode))
@@ -150,9 +155,9 @@ def test_one_group_without_momentum():
     with pytest.raises(UnsupportedError): SGD([dict(params=[a], mom=.9), dict(params=[b], mom=0.)], lr=.1).optimizer_accumulation = True
 
 def test_the_check_is_made_once(monkeypatch):
-    from fastxtend_opt.optimizer import base as eo
-    n,check = [],eo.averages_gradient
-    monkeypatch.setattr(eo, 'averages_gradient', lambda *args: (n.append(1), check(*args))[1])
+    from fastxtend_opt.optimizer import base
+    n,check = [],base.averages_gradient
+    monkeypatch.setattr(base, 'averages_gradient', lambda *args: (n.append(1), check(*args))[1])
     opt = Adam([[nn.Parameter(torch.ones(2))] for _ in range(40)], lr=list(torch.linspace(.1, .2, 40).tolist()), fused=True)
     for mom in (.95, .85):
         opt.set_hyper('mom', mom)
@@ -167,7 +172,8 @@ def test_the_check_is_made_once(monkeypatch):
 
 def test_not_of_ours():
     p = nn.Parameter(torch.ones(2))
-    with pytest.raises(NotImplementedError, match="is not this package's|not to be had"): Lookahead(FastaiSGD([p], lr=.1)).optimizer_accumulation = True
+    with pytest.raises(NotImplementedError, match="is not this package's|not to be had"):
+        Lookahead(FastaiSGD([p], lr=.1)).optimizer_accumulation = True
     with pytest.raises(UnsupportedError, match='item'):
         def step(p, lr, grad_avg, **kwargs): p.data.add_(grad_avg, alpha=-lr*min(1., grad_avg.norm().item()))
         o = NativeOptimizer([p], [average_grad, step], lr=.1, mom=.9)
@@ -219,7 +225,8 @@ def test_predictions_inside_of_a_fit():
     assert moves.moved==[i%3==2 for i in range(16)]
 
 def test_callback_refuses():
-    with pytest.raises(ValueError, match='were given together'): learner(adam()).fit(1, .1, cbs=[OptimizerAccumulation(32), GradientAccumulation(32)])
+    with pytest.raises(ValueError, match='were given together'):
+        learner(adam()).fit(1, .1, cbs=[OptimizerAccumulation(32), GradientAccumulation(32)])
     with pytest.raises(UnsupportedError, match='keep no average'): learner(sgd()).fit(1, .1, cbs=OptimizerAccumulation(32))
     with pytest.raises(TypeError, match='one of this package'): learner(FastaiSGD).fit(1, .1, cbs=OptimizerAccumulation(32))
     for n in (0, -3, float('nan')):

@@ -4,14 +4,13 @@ import copy,io,re
 import numpy as np,pytest,torch,torch.distributed as dist
 from fastai.optimizer import Optimizer,average_grad,momentum_step,sgd_step,step_stat,weight_decay
 from torch import nn
-import fastxtend_opt.all as eo
+import fastxtend_opt.all as fastxtend
 from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
 from fastxtend_opt.engine.kinds import UnsupportedError
 from fastxtend_opt.optimizer import checks, fused, native, traced
 from helpers import *
 
 NAMES = [o.name for o in list_optimizers()]
-CLASSES = dict(native=eo.NativeOptimizer, foreach=eo.ForEachOptimizer, jit=eo.JitOptimizer, fused=eo.FusedOptimizer, triton=eo.FusedOptimizer)
 FEW = ('adam','ranger','adamw_schedulefree','prodigy','muon')
 all_modes = pytest.mark.parametrize('mode', ALL_MODES)
 four_modes = pytest.mark.parametrize('mode', ['native','foreach','jit','fused'])
@@ -75,7 +74,8 @@ def test_groups_in_the_words_of_torch(mode):
 @all_modes
 def test_a_written_hyperparameter_reaches_its_aliases(mode):
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
-    with backend_of(mode): opt = eo.Lookahead(eo.rules({'*bias': eo.sgd(mom=.5, **flags(mode)), '*': eo.adam(**flags(mode))})(net.named_parameters(), lr=.1))
+    with backend_of(mode): opt = fastxtend.Lookahead(fastxtend.rules({'*bias': fastxtend.sgd(mom=.5, **flags(mode)),
+                                                        '*': fastxtend.adam(**flags(mode))})(net.named_parameters(), lr=.1))
     names = [k for k in opt.hypers[0] if k.startswith('mom@')]
     assert names
     opt.param_groups[0]['mom'] = .25
@@ -109,7 +109,8 @@ def test_older_checkpoints_load(name, mode):
     params,opt = build(name, mode)
     go(params, opt, range(3))
     sd = opt.state_dict()
-    old = {**sd, 'state': L(sd['state']), 'hypers': L({k:np.float64(v) if isinstance(v, float) else v for k,v in h.items()} for h in sd['hypers'])}
+    old = {**sd, 'state': L(sd['state']), 'hypers': L({k:np.float64(v) if isinstance(v, float) else v for k,v in h.items()}
+                                                      for h in sd['hypers'])}
     if 'slow_weights' in sd: old['slow_weights'] = L(L(o) for o in sd['slow_weights'])
     twins = copy_params(params)
     new = build(name, mode, twins)[1]
@@ -160,24 +161,27 @@ def test_a_state_dict_is_in_cpu_memory(mode, monkeypatch):
         device = property(lambda self: torch.device('cuda'))
         def detach(self): return self
         def to(self, device, copy=False): seen.append((device, copy)); return torch.ones(1)
-    assert type(eo.plain_state({'a':[torch.zeros(1).as_subclass(Elsewhere)]})['a'][0]) is torch.Tensor and seen==[('cpu', True)]
+    assert type(fastxtend.plain_state({'a':[torch.zeros(1).as_subclass(Elsewhere)]})['a'][0]) is torch.Tensor and seen==[('cpu', True)]
     params,opt = build('adam', mode)
     go(params, opt, range(1))
-    assert all(v.device.type=='cpu' and v.data_ptr()!=opt.state[p][k].data_ptr() for p,s in zip(params, opt.state_dict()['state']) for k,v in s.items() if isinstance(v, torch.Tensor))
+    assert all(v.device.type=='cpu' and v.data_ptr()!=opt.state[p][k].data_ptr() for p,s in zip(params, opt.state_dict()['state']) for k,
+               v in s.items() if isinstance(v, torch.Tensor))
 
 @four_modes
 def test_loading_something_else(mode):
     params,opt = build('adam', mode)
     go(params, opt, range(2))
     sd,before = opt.state_dict(),snapshot(params, opt)
-    for bad,words in ((None, "'state' and 'hypers'"), ({'state':[]}, "'state' and 'hypers'"), ({**sd, 'hypers':[]}, '0 parameter groups, the optimizer 1'),
-                      ({**sd, 'state':sd['state'][:1]}, '1 parameters, the optimizer 2'), ({**sd, 'hypers':[3.]}, 'dict, got float'), ({**sd, 'state':[None,{}]}, 'dict, got NoneType')):
+    for bad,words in ((None, "'state' and 'hypers'"), ({'state':[]}, "'state' and 'hypers'"),
+                      ({**sd, 'hypers':[]}, '0 parameter groups, the optimizer 1'),
+                      ({**sd, 'state':sd['state'][:1]}, '1 parameters, the optimizer 2'), ({**sd, 'hypers':[3.]}, 'dict, got float'),
+                      ({**sd, 'state':[None,{}]}, 'dict, got NoneType')):
         with pytest.raises(ValueError, match=words): opt.load_state_dict(bad)
         same_as(params, opt, before, False)
 
 def test_wrappers_of_fastais_optimizer():
     "Lookahead and SAM of fastai's own Optimizer have plain state dicts too, that later steps leave alone"
-    for wrap in (eo.Lookahead, lambda o: eo.SVRG(o, 0.)):
+    for wrap in (fastxtend.Lookahead, lambda o: fastxtend.SVRG(o, 0.)):
         params = two()
         opt = wrap(Optimizer(params, MOMENTUM, lr=.1, mom=.9, wd=0.))
         go(params, opt, range(2))
@@ -190,7 +194,7 @@ def test_wrappers_of_fastais_optimizer():
 
 # ---------------------------------------------------------------- what can't be stepped is known before
 def momentum(mode, params, cbs=MOMENTUM, cls=None):
-    with backend_of(mode): return CLASSES[mode](params, cbs, lr=.1, mom=.9, wd=.1)
+    with backend_of(mode): return ENGINES[mode](params, cbs, lr=.1, mom=.9, wd=.1)
 
 def refuses(params, opt, exc, words):
     params = [p for p in params if p.untyped_storage().size()] # the others can't be looked at
@@ -267,7 +271,8 @@ class Brittle(torch.Tensor):
 @pytest.fixture
 def brittle():
     "Parameters of which the third is Brittle, and not of a layout that a kernel can walk"
-    yield [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5)), nn.Parameter(torch.Tensor._make_subclass(Brittle, torch.ones(4, 6)[:,::2])), nn.Parameter(torch.ones(2))]
+    yield [nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(5)),
+           nn.Parameter(torch.Tensor._make_subclass(Brittle, torch.ones(4, 6)[:,::2])), nn.Parameter(torch.ones(2))]
     Brittle.fails = ()
 
 def plain_copy(t):
@@ -295,7 +300,8 @@ def test_an_operation_that_fails_on_the_third_tensor(mode, n, brittle):
         Brittle.fails = ('aten.exp','aten._foreach_exp')
     set_ones(brittle)
     before = plain_snapshot(brittle, opt)
-    with pytest.raises((ArithmeticError,RuntimeError) if mode=='jit' else ArithmeticError) as e: opt.step() # TorchScript makes it a RuntimeError
+    # TorchScript makes it a RuntimeError
+    with pytest.raises((ArithmeticError,RuntimeError) if mode=='jit' else ArithmeticError) as e: opt.step()
     assert_bitwise(plain_snapshot(brittle, opt), before)
     if hasattr(e.value, '__notes__'): assert 'No parameter was changed' in e.value.__notes__[0]
     brittle[2].grad = None
@@ -356,7 +362,7 @@ def test_a_second_pass_that_fails(mode, monkeypatch):
         if calls==2: raise ArithmeticError('third call')
         return {'calls': calls+1}
     params = two()
-    opt = momentum(mode, params, [step_stat, squares, eo.Between(fails, ('sq',), calls=0), sgd_step])
+    opt = momentum(mode, params, [step_stat, squares, fastxtend.Between(fails, ('sq',), calls=0), sgd_step])
     go(params, opt, range(2))
     assert opt.calls==2
     GradStream().set(params, 2)
@@ -375,13 +381,15 @@ def sharded(mesh, value, *shape):
     return distribute_tensor(torch.full(shape, value), mesh, [Shard(0)])
 
 @pytest.mark.parametrize('mode', ['native','foreach','jit','fused'])
-@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n in ('adam','accsgd','adan','cadamw','lamb','swats','prodigy','adafactor') else pytest.mark.slow) for n in NAMES])
+@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n in ('adam','accsgd','adan','cadamw','lamb','swats','prodigy','adafactor')
+                                               else pytest.mark.slow) for n in NAMES])
 @pytest.mark.filterwarnings('ignore')
 def test_dtensors_step_or_change_nothing(name, mode, mesh):
     if not has_mode(name, mode): pytest.skip('no such mode')
     params = [nn.Parameter(sharded(mesh, 1., 4, 4)), nn.Parameter(sharded(mesh, 1., 4))]
     _,opt = build(name, mode, params)
-    def held(): return [p.full_tensor().clone() for p in params],[{k:v for k,v in opt.state[p].items() if not isinstance(v, torch.Tensor)} for p in params],[set(opt.state[p]) for p in params]
+    def held(): return [p.full_tensor().clone() for p in params],[{k:v for k,v in opt.state[p].items() if not isinstance(v, torch.Tensor)}
+                                                                  for p in params],[set(opt.state[p]) for p in params]
     for i in range(8): # some don't move in their first steps
         for p in params: p.grad = sharded(mesh, 1., *p.shape)
         before = held()
@@ -401,7 +409,8 @@ def test_repr(mode):
     opt.hypers[1]['lr'] = .25
     words = dict(triton='fused').get(mode, mode)
     text = repr(opt)
-    assert text.startswith(f'{CLASSES[mode].__name__} ({words}: weight_decay, average_grad, step_stat, momentum_step\nParameter Group 0 (1 parameters, 3 elements)\n    lr: 0.1\n    mom: 0.9\n    wd: 0.1\n')
+    assert text.startswith(f'{ENGINES[mode].__name__} ({words}: weight_decay, average_grad, step_stat, momentum_step\nParameter Group 0 (1 '
+                           f'parameters, 3 elements)\n    lr: 0.1\n    mom: 0.9\n    wd: 0.1\n')
     assert 'Parameter Group 1 (1 parameters, 8 elements)\n    lr: 0.25' in text and text.endswith(')')
 
 @all_modes
@@ -416,5 +425,6 @@ def test_zero_grad(name, mode):
 @four_modes
 def test_parameters_are_checked_in_every_mode(mode):
     a,b = two()
-    for bad,words in (([], 'at least one parameter'), ([a,a], 'more than once'), ([[a],[b,a]], 'more than once'), (['weight'], 'takes tensors.*got a str')):
-        with pytest.raises(ValueError, match=words): CLASSES[mode](bad, [sgd_step], lr=.1)
+    for bad,words in (([], 'at least one parameter'), ([a,a], 'more than once'), ([[a],[b,a]], 'more than once'),
+                      (['weight'], 'takes tensors.*got a str')):
+        with pytest.raises(ValueError, match=words): ENGINES[mode](bad, [sgd_step], lr=.1)

@@ -1,8 +1,8 @@
-"""Every algorithm against something that is not ours: the float64 references in `reference/`, fastai's functions, torch.optim, optimi, pytorch_optimizer.
+"""Every algorithm against something that is not ours: the float64 references in `reference/`, fastai's functions, torch.optim, optimi,
+pytorch_optimizer.
 
-All trajectories: float64, 30 steps of an lr schedule that differs by group, two groups, a tensor excluded from decay, one whose gradients come
-late, an element whose gradient is always zero, and two gradient spikes of a thousand.
-"""
+All trajectories: float64, 30 steps of an lr schedule that differs by group, two groups, a tensor excluded from decay, one whose gradients
+come late, an element whose gradient is always zero, and two gradient spikes of a thousand."""
 import math
 import fastai.optimizer as fo,numpy as np,pytest,torch
 from torch import nn
@@ -20,11 +20,13 @@ TOL64 = TOL[torch.float64]
 def _adam(o): return dict(beta1=o['mom'], beta2=o['sqr_mom'], eps=o['eps'])
 REFS = {
     'sgd':     (lambda t,h,lam: R.SGD(t, h['mom'], lam, h['decouple_wd']), dict(grad_avg='v'), [dict(mom=0.), dict(mom=.9)]),
-    'rmsprop': (lambda t,h,lam: R.RMSProp(t, h['mom'], h['sqr_mom'], h['eps'], lam, h['decouple_wd']), dict(grad_avg='b', sqr_avg='mean_square'),
+    'rmsprop': (lambda t,h,lam: R.RMSProp(t, h['mom'], h['sqr_mom'], h['eps'], lam, h['decouple_wd']),
+                dict(grad_avg='b', sqr_avg='mean_square'),
                 [dict(mom=0., sqr_mom=.99, eps=1e-8), dict(mom=.9, sqr_mom=.9, eps=1e-8)]),
     'adam':    (lambda t,h,lam: R.Adam(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='m', sqr_avg='v', step='t'),
                 [dict(mom=.9, sqr_mom=.99, eps=1e-5), dict(mom=.5, sqr_mom=.999, eps=1e-8), dict(mom=0., sqr_mom=.9, eps=1e-3)]),
-    'radam':   (lambda t,h,lam: R.RAdam(t, **_adam(h), lam=lam, beta=h['beta'], decoupled=h['decouple_wd']), dict(grad_avg='m', sqr_avg='v', step='t'),
+    'radam':   (lambda t,h,lam: R.RAdam(t, **_adam(h), lam=lam, beta=h['beta'], decoupled=h['decouple_wd']),
+                dict(grad_avg='m', sqr_avg='v', step='t'),
                 [dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=0.), dict(mom=.95, sqr_mom=.9, eps=1e-6, beta=0.),
                  dict(mom=.9, sqr_mom=.5, eps=1e-6, beta=0.), # rho_inf = 3: never rectified
                  dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=.03)]), # beta*den stays below 20, where softplus is exact
@@ -39,22 +41,31 @@ REFS = {
     'lamb':    (lambda t,h,lam: R.LAMB(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='m', sqr_avg='v', step='t'),
                 [dict(mom=.9, sqr_mom=.99, eps=1e-5), dict(mom=.8, sqr_mom=.999, eps=1e-8)]),
     'ranger':  (None, dict(grad_avg='m', sqr_avg='v', step='t'),
-                [dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.), dict(mom=.9, sqr_mom=.9, eps=1e-5, k=5, alpha=.8, beta=.03)]),
+                [dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.),
+                 dict(mom=.9, sqr_mom=.9, eps=1e-5, k=5, alpha=.8, beta=.03)]),
     'adan':    (lambda t,h,lam: R.Adan(t, 1-h['beta1'], 1-h['beta2'], 1-h['beta3'], h['eps'], lam, zero_prior=not h['paper_init']),
                 dict(grad_avg='m', diff_avg='v', sqr_avg='n', prior_grad='g_prior', step='t'),
-                [dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8, paper_init=True), dict(beta1=.9, beta2=.5, beta3=.8, eps=1e-3, paper_init=True),
+                [dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8, paper_init=True),
+                 dict(beta1=.9, beta2=.5, beta3=.8, eps=1e-3, paper_init=True),
                  dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-6, paper_init=False)]),
-    'lion':    (lambda t,h,lam: R.Lion(t, h['beta1'], h['beta2'], lam), dict(grad_avg='m'), [dict(beta1=.9, beta2=.99), dict(beta1=.95, beta2=.8)]),
-    'stableadam': (lambda t,h,lam: R.StableAdamW(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']), dict(grad_avg='v', sqr_avg='u', step='t'),
+    'lion':    (lambda t,h,lam: R.Lion(t, h['beta1'], h['beta2'], lam), dict(grad_avg='m'),
+                [dict(beta1=.9, beta2=.99), dict(beta1=.95, beta2=.8)]),
+    'stableadam': (lambda t,h,lam: R.StableAdamW(t, **_adam(h), lam=lam, decoupled=h['decouple_wd']),
+                   dict(grad_avg='v', sqr_avg='u', step='t'),
                 [dict(mom=.9, sqr_mom=.99, eps=1e-6), dict(mom=.5, sqr_mom=.9, eps=1e-2), dict(mom=0., sqr_mom=.999, eps=1e-6)]),
-    'sgd_schedulefree': (lambda t,h,lam: R.SGDScheduleFree(t, h['beta'], lam, h['warmup_steps'], h['r'], h['weight_lr_power']), dict(z='z', step='t', weight_sum='W', lr_max='gamma_max'),
+    'sgd_schedulefree': (lambda t,h,lam: R.SGDScheduleFree(t, h['beta'], lam, h['warmup_steps'], h['r'], h['weight_lr_power']),
+                         dict(z='z', step='t', weight_sum='W', lr_max='gamma_max'),
                 [dict(beta=.9, warmup_steps=0, r=0., weight_lr_power=2.), dict(beta=.98, warmup_steps=10, r=1.5, weight_lr_power=1.)]),
-    'adamw_schedulefree': (lambda t,h,lam: R.AdamWScheduleFree(t, h['beta'], h['sqr_mom'], h['eps'], lam, h['warmup_steps'], h['r'], h['weight_lr_power']),
+    'adamw_schedulefree': (lambda t,h,lam: R.AdamWScheduleFree(t, h['beta'], h['sqr_mom'], h['eps'], lam, h['warmup_steps'], h['r'],
+                                                               h['weight_lr_power']),
                 dict(z='z', sqr_avg='v', step='t', weight_sum='W', lr_max='gamma_max'),
-                [dict(beta=.9, sqr_mom=.999, eps=1e-8, warmup_steps=0, r=0., weight_lr_power=2.), dict(beta=.5, sqr_mom=.9, eps=1e-3, warmup_steps=10, r=1., weight_lr_power=0.)]),
-    'radam_schedulefree': (lambda t,h,lam: R.RAdamScheduleFree(t, h['beta'], h['sqr_mom'], h['eps'], lam, h['r'], h['weight_lr_power'], h['silent_sgd_phase']),
+                [dict(beta=.9, sqr_mom=.999, eps=1e-8, warmup_steps=0, r=0., weight_lr_power=2.),
+                 dict(beta=.5, sqr_mom=.9, eps=1e-3, warmup_steps=10, r=1., weight_lr_power=0.)]),
+    'radam_schedulefree': (lambda t,h,lam: R.RAdamScheduleFree(t, h['beta'], h['sqr_mom'], h['eps'], lam, h['r'], h['weight_lr_power'],
+                                                               h['silent_sgd_phase']),
                 dict(z='z', sqr_avg='v', step='t', weight_sum='W', lr_max='gamma_max'),
-                [dict(beta=.9, sqr_mom=.999, eps=1e-8, r=0., weight_lr_power=2., silent_sgd_phase=True), dict(beta=.95, sqr_mom=.9, eps=1e-3, r=.5, weight_lr_power=1., silent_sgd_phase=False)]),
+                [dict(beta=.9, sqr_mom=.999, eps=1e-8, r=0., weight_lr_power=2., silent_sgd_phase=True),
+                 dict(beta=.95, sqr_mom=.9, eps=1e-3, r=.5, weight_lr_power=1., silent_sgd_phase=False)]),
     'sophia':  (lambda t,h,lam: R.SophiaG(t, h['mom'], h['hess_mom'], h['rho'], h['eps'], lam), dict(grad_avg='exp_avg', hessian='hessian'),
                 [dict(mom=.965, hess_mom=.99, rho=.04, eps=1e-15), dict(mom=.8, hess_mom=.9, rho=.5, eps=1.)])} # with update_hessian: below
 ORACLES = oracles.load()
@@ -159,7 +170,8 @@ def test_native_against_reference(source, name, case, decay):
     for j,(p,o) in enumerate(zip(params, objs)):
         for k,attr in REFS[name][1].items():
             if k=='grad_avg' and h.get('mom')==0. and k not in opt.state[p]: continue # without momentum nothing is averaged
-            assert_same(np.asarray(opt.state[p][k], dtype=np.float64), np.asarray(getattr(o, attr), dtype=np.float64), **TOL64, path=f'{k} of tensor {j}')
+            assert_same(np.asarray(opt.state[p][k], dtype=np.float64), np.asarray(getattr(o, attr), dtype=np.float64), **TOL64,
+                        path=f'{k} of tensor {j}')
 
 @pytest.mark.parametrize('name', [o for o in ROWS if o != 'lookahead'])
 def test_every_registered_optimizer_has_an_oracle(name):
@@ -195,7 +207,8 @@ def torch_sgd(h):     return lambda g: torch.optim.SGD(g, lr=1., momentum=h['mom
 def torch_adam(h):
     f = torch.optim.AdamW if h['decouple_wd'] else torch.optim.Adam
     return lambda g: f(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'])
-def torch_radam(h):   return lambda g: torch.optim.RAdam(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], decoupled_weight_decay=h['decouple_wd'])
+def torch_radam(h):   return lambda g: torch.optim.RAdam(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'],
+                                                         decoupled_weight_decay=h['decouple_wd'])
 def torch_rmsprop(h): return lambda g: torch.optim.RMSprop(g, lr=1., momentum=h['mom'], alpha=h['sqr_mom'], eps=h['eps'])
 def optimi_radam(h):
     import optimi
@@ -208,7 +221,8 @@ def optimi_sgd(h):
     return lambda g: optimi.SGD(g, lr=1., momentum=h['mom'], decouple_wd=h['decouple_wd'], foreach=False)
 def optimi_ranger(h):
     import optimi
-    return lambda g: optimi.Ranger(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], k=h['k'], alpha=h['alpha'], decouple_wd=h['decouple_wd'], foreach=False)
+    return lambda g: optimi.Ranger(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], k=h['k'], alpha=h['alpha'],
+                                   decouple_wd=h['decouple_wd'], foreach=False)
 def optimi_adan(h):
     import optimi
     return lambda g: optimi.Adan(g, lr=1., betas=(h['beta1'],h['beta2'],h['beta3']), eps=h['eps'], foreach=False, triton=False)
@@ -220,7 +234,8 @@ def optimi_stableadamw(h):
     return lambda g: optimi.StableAdamW(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], foreach=False, triton=False)
 def po(name, h, **kw):
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
-    return lambda g: getattr(pytorch_optimizer, name)(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=h['decouple_wd'],
+    return lambda g: getattr(pytorch_optimizer, name)(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'],
+                                                      weight_decouple=h['decouple_wd'],
                                                       foreach=False, **kw)
 def po_qhadam(h): return po('QHAdam', h, nus=(h['nu_1'],h['nu_2']))
 def po_radam(h):  return po('RAdam', h)
@@ -229,14 +244,16 @@ def po_lion(h):
     return lambda g: pytorch_optimizer.Lion(g, lr=1., betas=(h['beta1'],h['beta2']), weight_decouple=True, use_gc=False, foreach=False)
 def po_adan(h):
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
-    return lambda g: pytorch_optimizer.Adan(g, lr=1., betas=(h['beta1'],h['beta2'],h['beta3']), eps=h['eps'], weight_decouple=False, foreach=False)
+    return lambda g: pytorch_optimizer.Adan(g, lr=1., betas=(h['beta1'],h['beta2'],h['beta3']), eps=h['eps'], weight_decouple=False,
+                                            foreach=False)
 def po_stableadamw(h):
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
     return lambda g: pytorch_optimizer.StableAdamW(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=True)
 def po_lamb(h):   return po('Lamb', h)
 
 ADAM,QH = dict(mom=.9, sqr_mom=.99, eps=1e-5),dict(mom=.9, sqr_mom=.99, nu_1=.8, nu_2=.6, eps=1e-4)
-AGREE = [('sgd', torch_sgd, dict(mom=0.), ('none','L2')), ('sgd', torch_sgd, dict(mom=.9), ('none','L2')), # torch's SGD has no decoupled decay
+# torch's SGD has no decoupled decay
+AGREE = [('sgd', torch_sgd, dict(mom=0.), ('none','L2')), ('sgd', torch_sgd, dict(mom=.9), ('none','L2')),
          ('sgd', optimi_sgd, dict(mom=.9), tuple(DECAYS)),
          ('adam', torch_adam, ADAM, tuple(DECAYS)), ('adam', optimi_adam, ADAM, tuple(DECAYS)),
          ('rmsprop', torch_rmsprop, dict(mom=0., sqr_mom=.99, eps=1e-8), ('none','L2')),
@@ -244,19 +261,23 @@ AGREE = [('sgd', torch_sgd, dict(mom=0.), ('none','L2')), ('sgd', torch_sgd, dic
          ('ranger', optimi_ranger, dict(mom=.95, sqr_mom=.99, eps=1e-6, k=6, alpha=.5, beta=0.), tuple(DECAYS)),
          ('qhadam', po_qhadam, QH, tuple(DECAYS)),
          *[(n, f, h, ('none','decoupled')) for n,fs,hs in [
-             ('adan', (optimi_adan,po_adan), (dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8), dict(beta1=.9, beta2=.5, beta3=.8, eps=1e-3))),
+             ('adan', (optimi_adan,po_adan), (dict(beta1=.98, beta2=.92, beta3=.99, eps=1e-8),
+                                              dict(beta1=.9, beta2=.5, beta3=.8, eps=1e-3))),
              ('lion', (optimi_lion,po_lion), (dict(beta1=.9, beta2=.99), dict(beta1=.95, beta2=.8))),
-             ('stableadam', (optimi_stableadamw,po_stableadamw), (dict(mom=.9, sqr_mom=.99, eps=1e-6), dict(mom=.5, sqr_mom=.9, eps=1e-2)))] for f in fs for h in hs]]
+             ('stableadam', (optimi_stableadamw,po_stableadamw), (dict(mom=.9, sqr_mom=.99, eps=1e-6),
+                                                                  dict(mom=.5, sqr_mom=.9, eps=1e-2)))] for f in fs for h in hs]]
 AGREE += [(n, *o) for n,m in ORACLES.items() for o in getattr(m, 'PEERS', ())]
 PEER_SOURCES = [('fastai',*o) for o in AGREE if o[0] in FASTAI] + [('ours',*o) for o in AGREE]
 # pytorch_optimizer's QHAdam keeps its debias weights in float32, so its float64 results are good to about 1e-7 only
 LOOSE = {po_qhadam: dict(rtol=1e-6, atol=1e-6)}
 
-@pytest.mark.parametrize('source,name,peer,h,decay', [pytest.param(s, n, f, h, d, id=f'{f.__name__}-{"-".join(f"{k}{v}" for k,v in h.items())}-{d}-{s}')
+@pytest.mark.parametrize('source,name,peer,h,decay', [pytest.param(s, n, f, h, d,
+                                                                   id=f'{f.__name__}-{"-".join(f"{k}{v}" for k,v in h.items())}-{d}-{s}')
                                                       for s,n,f,h,ds in PEER_SOURCES for d in ds])
 def test_native_against_peer(source, name, peer, h, decay):
     h = hypers_of(name, h, decay)
-    late = getattr(peer, 'late', not peer.__name__.startswith(('optimi','po_adan','po_lion','po_stable'))) # they count a group's steps, without gradients too
+    # they count a group's steps, without gradients too
+    late = getattr(peer, 'late', not peer.__name__.startswith(('optimi','po_adan','po_lion','po_stable')))
     params,group,gs = problem(late=late)
     if getattr(peer, 'same_lr', False): group = [1]*len(group)
     theirs_,mine = copy_params(params),copy_params(params)
@@ -271,7 +292,8 @@ def deviation(name, peer, h, **kw):
     got,_ = run_fastai((theirs if name in FASTAI else ours)(name, **h), copy_params(params), group, gs)
     return distance(ref, got, params)
 
-@pytest.mark.parametrize('name,peer,h,least', [pytest.param(n, *o, id=f'{n}-{o[0].__name__}') for n,m in ORACLES.items() for o in getattr(m, 'DEVIATIONS', ())])
+@pytest.mark.parametrize('name,peer,h,least', [pytest.param(n, *o, id=f'{n}-{o[0].__name__}') for n,
+                                               m in ORACLES.items() for o in getattr(m, 'DEVIATIONS', ())])
 def test_well_known_ports_that_are_another_algorithm(name, peer, h, least):
     "What the page says of them is seen"
     assert deviation(name, peer, h, spikes=()) > least
@@ -306,7 +328,8 @@ def test_fastai_drops_rmsprops_eps_and_ours_does_not():
 
 @pytest.mark.parametrize('source', ['fastai', 'ours'])
 def test_sadam_softplus_is_linear_beyond_its_threshold(source):
-    "torch's softplus returns x where beta*x > 20, which is 1e-9 of x from the formula: beta=10 puts spikes there, so 1e-8 holds and 1e-10 need not"
+    """torch's softplus returns x where beta*x > 20, which is 1e-9 of x from the formula: beta=10 puts spikes there, so 1e-8 holds and 1e-10
+    need not"""
     h = dict(mom=.9, sqr_mom=.99, eps=1e-5, beta=10., **DECAYS['decoupled'])
     params,group,gs = problem()
     ref,_ = run_reference('radam', h, params, group, gs)
@@ -314,7 +337,8 @@ def test_sadam_softplus_is_linear_beyond_its_threshold(source):
     for a,b in zip(got, ref): assert_same(a, b, rtol=1e-8, atol=1e-10)
 
 @pytest.mark.parametrize('source', ['fastai', 'ours'])
-@pytest.mark.parametrize('theta,g,q', [(np.zeros(4), np.ones(4), 1.), (np.full(4, 100.), np.full(4, 1.), 10.), (np.full(4, 2.), np.ones(4), 2.), (np.ones(4), np.zeros(4), 1.)])
+@pytest.mark.parametrize('theta,g,q', [(np.zeros(4), np.ones(4), 1.), (np.full(4, 100.), np.full(4, 1.), 10.),
+                                       (np.full(4, 2.), np.ones(4), 2.), (np.ones(4), np.zeros(4), 1.)])
 def test_lamb_trust_ratio_edges(source, theta, g, q):
     "First step of LAMB on a constant tensor: r = g/(|g|+eps), so the step is lr*q with q = 1 where a norm is 0, else the ratio up to 10"
     p = nn.Parameter(torch.tensor(theta))
@@ -364,7 +388,8 @@ def test_sophia_with_its_estimate(mode, h, first):
     "30 steps, the estimate updated every fourth, beside the authors' code, which keeps `hessian` without the factor bs"
     from fastxtend_opt.algorithms.sophia import update_hessian
     params,group,gs = problem()
-    objs = [R.SophiaG(p.detach().numpy(), h['mom'], h['hess_mom'], h['rho'], h['eps'], 0. if j==NO_DECAY else h['wd'], bs=64) for j,p in enumerate(params)]
+    objs = [R.SophiaG(p.detach().numpy(), h['mom'], h['hess_mom'], h['rho'], h['eps'], 0. if j==NO_DECAY else h['wd'], bs=64) for j,
+            p in enumerate(params)]
     opt = WithBackend(ours('sophia', **h, **flags(mode)), mode)([[p for p,o in zip(params,group) if o==k] for k in (0,1)], 1.)
     opt.state[params[NO_DECAY]]['do_wd'] = False
     for i,g in enumerate(gs):
@@ -382,5 +407,6 @@ def test_sophia_with_its_estimate(mode, h, first):
             if x is not None: o.step(x, lrs_at(i)[k])
         assert_same([p.detach().numpy() for p in params], [np.asarray(o.theta) for o in objs], **TOL64, path=f'step {i}')
         sd = [opt.state[p] for p in params]
-        assert_same([s['hessian'].numpy() for s in sd if 'hessian' in s], [np.asarray(64*o.hessian) for o,s in zip(objs, sd) if 'hessian' in s], **TOL64)
+        assert_same([s['hessian'].numpy() for s in sd if 'hessian' in s],
+                    [np.asarray(64*o.hessian) for o,s in zip(objs, sd) if 'hessian' in s], **TOL64)
     assert sum(o.clipped for o in objs)>50 and sum(o.unclipped for o in objs)>50 # both branches of the minimum

@@ -1,5 +1,5 @@
 "The package as a thing that is installed: metadata, generated files, what an import costs, what a wheel holds"
-import ast, importlib, json, os, re, subprocess, sys, tarfile, textwrap, zipfile
+import ast, importlib, importlib.util, json, os, re, subprocess, sys, tarfile, textwrap, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -15,7 +15,8 @@ def settings():
     cfg.read(root/'settings.ini', encoding='utf-8')
     return cfg['DEFAULT']
 
-def notebooks(): return sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o.startswith(('.','_')) for o in p.relative_to(root).parts))
+def notebooks(): return sorted(p for p in (root/'nbs').rglob('*.ipynb')
+                               if not any(o.startswith(('.','_')) for o in p.relative_to(root).parts))
 def modules(): return sorted(p for p in lib.rglob('*.py') if p.name not in ('__init__.py','__main__.py','_modidx.py','all.py'))
 def dotted(p): return '.'.join(p.relative_to(root).with_suffix('').parts)
 def code_cells(p): return [''.join(c['source']) for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='code']
@@ -40,14 +41,16 @@ def test_changelog_has_version():
 def test_readme_says_what_settings_say():
     readme, cfg = (root/'README.md').read_text(encoding='utf-8'), settings()
     need = dict(re.findall(r'(\w+)>=([\d.]+)', cfg['requirements']))
-    for text in (f"Python {cfg['min_python']} or newer", f"fastai {need['fastai']} or newer", f"torch {need['torch']} or newer"): assert text in readme, text
+    for text in (f"Python {cfg['min_python']} or newer", f"fastai {need['fastai']} or newer", f"torch {need['torch']} or newer"):
+        assert text in readme, text
 
 def test_pyproject_declares_what_setup_sets():
     "A field that is dynamic and not set, or set and not dynamic, is an error or is dropped by setuptools"
     tomllib = pytest.importorskip('tomllib')
     proj = tomllib.loads((root/'pyproject.toml').read_text(encoding='utf-8'))
     assert proj['project']['name'] == settings()['lib_name']
-    assert set(proj['project']['dynamic']) == set('version description readme requires-python license authors keywords classifiers dependencies '
+    assert set(proj['project']['dynamic']) == set(
+        'version description readme requires-python license authors keywords classifiers dependencies '
         'optional-dependencies entry-points scripts'.split())
     assert proj['tool']['nbdev']['lib_path'] == settings()['lib_path']
 
@@ -57,15 +60,19 @@ def test_imports_are_required():
     other = dict(scikit_learn='sklearn', torch_optimi='optimi')      # distributions that are imported by another name
     name = lambda r: (n := re.match(r'[\w.-]+', r)[0].lower().replace('-', '_')) and other.get(n, n)
     cfg = settings()
-    have = {name(r) for r in cfg['requirements'].split()} | {name(r) for r in requires('fastai') if 'extra' not in r} | set(sys.stdlib_module_names) | {'fastxtend_opt'}
+    have = {name(r) for r in cfg['requirements'].split()} | {name(r) for r in requires('fastai')
+                                                             if 'extra' not in r} | set(sys.stdlib_module_names) | {'fastxtend_opt'}
     peers = {name(r) for r in cfg['bench_requirements'].split()}
-    peers |= {"IPython", "triton"} # the notebook that shows a table has the one; torch for Linux brings the other, and an error says so where it is missing
+    # the notebook that shows a table has the one; torch for Linux brings the other, and an error says so where it is missing
+    peers |= {"IPython", "triton"}
     for p in modules():
         for n in ast.walk(ast.parse(p.read_text(encoding='utf-8'))):
-            mods = [a.name for a in n.names] if isinstance(n, ast.Import) else [n.module] if isinstance(n, ast.ImportFrom) and not n.level else []
+            if isinstance(n, ast.Import): mods = [a.name for a in n.names]
+            else: mods = [n.module] if isinstance(n, ast.ImportFrom) and not n.level else []
             for m in mods:
                 top = m.split('.')[0]
-                assert top in have or (top in peers and n.col_offset), f'{dotted(p)} imports {top}, which is not in settings.ini (peers may be imported inside a function)'
+                why = f'{dotted(p)} imports {top}, which is not in settings.ini (peers may be imported inside a function)'
+                assert top in have or (top in peers and n.col_offset), why
 
 # --- what nbdev generates ------------------------------------------------------------------------
 
@@ -83,7 +90,8 @@ def test_notebook(p):
     cells = code_cells(p)
     exports, exp = [s for s in cells if re.search(r'^#\s*\|\s*export[is]?\b', s, re.M)], directive(cells, 'default_exp')
     if exports: assert exp, f'{p.name} exports, but has no #| default_exp: nbdev-export only warns, and writes nothing'
-    if exp: assert (lib/(exp[0].strip().replace('.', '/')+'.py')).exists(), f'{p.name} says default_exp {exp[0]}, but there is no such module: run nbdev-export'
+    if exp: assert (lib/(exp[0].strip().replace('.', '/')
+                         +'.py')).exists(), f'{p.name} says default_exp {exp[0]}, but there is no such module: run nbdev-export'
 
 def test_imports_have_cells_of_their_own():
     "The documentation runs each cell with an import, and of the others only those that export: an import beside other code fails there"
@@ -94,7 +102,8 @@ def test_imports_have_cells_of_their_own():
             if re.search(r'^#\s*\|\s*(export[is]?|eval: *false|exec_doc)\b', s, re.M) or re.match(r'\s*[%!]', s): continue
             tree = ast.parse(s)
             imports = any(isinstance(n, (ast.Import,ast.ImportFrom)) for n in ast.walk(tree))
-            assert not imports or all(isinstance(n, (ast.Import,ast.ImportFrom)) for n in tree.body), f'{p.name}: an import beside other code: {s[:200]}'
+            assert not imports or all(isinstance(n, (ast.Import,ast.ImportFrom))
+                                      for n in tree.body), f'{p.name}: an import beside other code: {s[:200]}'
 
 def test_page_names_are_unique():
     "nbdev strips the number of a notebook's name, so 02_x and 07_x in one folder are the same page"
@@ -108,7 +117,8 @@ def test_all_covers_every_module():
     for p in modules():
         if dotted(p) in commands or dotted(p).startswith(parts): continue
         m = importlib.import_module(dotted(p))
-        for n in m.__all__: assert everything.get(n, everything) is getattr(m, n), f'fastxtend_opt.all has no {n}, or another one than {dotted(p)}'
+        for n in m.__all__:
+            assert everything.get(n, everything) is getattr(m, n), f'fastxtend_opt.all has no {n}, or another one than {dotted(p)}'
 
 def test_all_replaces_only_optimizers():
     "`from fastai.vision.all import *` and then ours: nothing of fastai's may be lost but the optimizers"
@@ -117,7 +127,8 @@ def test_all_replaces_only_optimizers():
     ours = vars(importlib.import_module('fastxtend_opt.all'))
     from fastai import optimizer as fo
     both = {n for n in fa.keys()&ours.keys() if not n.startswith('_') and fa[n] is not ours[n]}
-    assert all(n in vars(fo) for n in both), f'names of fastai that fastxtend_opt.all replaces: {sorted(n for n in both if n not in vars(fo))}'
+    replaced = sorted(n for n in both if n not in vars(fo))
+    assert not replaced, f'names of fastai that fastxtend_opt.all replaces: {replaced}'
 
 # --- what an import costs ------------------------------------------------------------------------
 
@@ -125,11 +136,13 @@ _cost = '''
     import json, os, subprocess, sys, time
     import fastai.basics, fastai.callback.schedule                  # fastai itself; whatever it loads is not our cost
     started = []
-    sys.addaudithook(lambda e,a: started.append(str(a[0])) if e in ('subprocess.Popen','os.system','os.posix_spawn','os.exec','os.fork','ctypes.dlopen') else None)
+    events = 'subprocess.Popen','os.system','os.posix_spawn','os.exec','os.fork','ctypes.dlopen'
+    sys.addaudithook(lambda e,a: started.append(str(a[0])) if e in events else None)
     before = set(sys.modules)
     t,c = time.perf_counter(),time.process_time()
     import fastxtend_opt.all
-    print(json.dumps(dict(wall=time.perf_counter()-t, cpu=time.process_time()-c, started=started, new=sorted({m.partition('.')[0] for m in set(sys.modules)-before}),
+    print(json.dumps(dict(wall=time.perf_counter()-t, cpu=time.process_time()-c, started=started,
+        new=sorted({m.partition('.')[0] for m in set(sys.modules)-before}),
         all=sorted({m.partition('.')[0] for m in sys.modules}))))
 '''
 
@@ -139,7 +152,8 @@ def test_import_is_cheap_and_touches_nothing(tmp_path):
     home.mkdir()
     best = 9.
     for _ in range(3):
-        r = python(_cost, FASTXTEND_OPT_CACHE=str(cache), HOME=str(home), XDG_CACHE_HOME=str(home/'.cache'), PYTHONDONTWRITEBYTECODE='', MPLCONFIGDIR=str(tmp_path/'mpl'))
+        r = python(_cost, FASTXTEND_OPT_CACHE=str(cache), HOME=str(home), XDG_CACHE_HOME=str(home/'.cache'), PYTHONDONTWRITEBYTECODE='',
+                   MPLCONFIGDIR=str(tmp_path/'mpl'))
         assert not r['started'], f"importing starts or loads: {r['started']}"
         assert not cache.exists()
         assert not [p for p in home.rglob('*') if 'fastxtend' in p.name.lower() or p.suffix in ('.so','.cpp')]
@@ -171,25 +185,88 @@ def _tracked():
     return [p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file() and not skip&set(p.relative_to(root).parts)]
 
 def test_wheel_and_sdist(tmp_path):
-    "Both are built from a copy of the tree with the setuptools that is installed; the wheel holds the package and its data, the sdist can build"
+    """Both are built from a copy of the tree with the setuptools that is installed; the wheel holds the package and its data, the sdist can
+    build"""
     import shutil
     src = tmp_path/'src'
     for o in _tracked():
         (src/o).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root/o, src/o)
-    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path/'dist'), str(src)], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(tmp_path/'dist'), str(src)], capture_output=True,
+                       text=True)
     assert r.returncode==0, (r.stdout+r.stderr)[-3000:]
     v = settings()['version']
     whl,sdist = tmp_path/'dist'/f'fastxtend_opt-{v}-py3-none-any.whl', tmp_path/'dist'/f'fastxtend_opt-{v}.tar.gz'
-    with zipfile.ZipFile(whl) as z: names,meta,entry = z.namelist(), z.read(f'fastxtend_opt-{v}.dist-info/METADATA').decode(), z.read(f'fastxtend_opt-{v}.dist-info/entry_points.txt').decode()
-    for p in [*lib.rglob('*.py'), *lib.rglob('data/*.json'), *lib.rglob('csrc/*')]: assert p.relative_to(root).as_posix() in names, f'the wheel lacks {p}'
+    with zipfile.ZipFile(whl) as z:
+        names,meta,entry = z.namelist(), z.read(f'fastxtend_opt-{v}.dist-info/METADATA').decode(), z.read(
+            f'fastxtend_opt-{v}.dist-info/entry_points.txt').decode()
+    for p in [*lib.rglob('*.py'), *lib.rglob('data/*'), *lib.rglob('csrc/*')]:
+        assert p.relative_to(root).as_posix() in names, f'the wheel lacks {p}'
     assert any(n.endswith('data/shapes.json') for n in names)
     sources = [f'fastxtend_opt/engine/csrc/{n}' for n in ('prelude.h','vector_math.h','axes.h','reader.cpp')]
     for n in sources: assert n in names, f'the wheel lacks {n}'
     assert not [n for n in names if not n.startswith(('fastxtend_opt/', 'fastxtend_opt-'))], 'the wheel holds more than the package'
-    for text in ('License-Expression: Apache-2.0', f"Summary: {settings()['description']}", f"Requires-Python: >={settings()['min_python']}", 'Provides-Extra: bench', 'Provides-Extra: dev'):
+    for text in ('License-Expression: Apache-2.0', f"Summary: {settings()['description']}",
+                 f"Requires-Python: >={settings()['min_python']}", 'Provides-Extra: bench', 'Provides-Extra: dev'):
         assert text in meta
-    assert {re.match(r'[\w.-]+', o)[0] for o in settings()['requirements'].split()} == {re.match(r'[\w.-]+', o)[0] for o in re.findall(r'^Requires-Dist: (?!.*extra)(.+)$', meta, re.M)}
+    assert {re.match(r'[\w.-]+', o)[0] for o in settings()['requirements'].split()} == {re.match(r'[\w.-]+', o)[0]
+        for o in re.findall(r'^Requires-Dist: (?!.*extra)(.+)$', meta, re.M)}
     assert 'fastxtend-opt = fastxtend_opt.tools.cli:main' in entry and 'fastxtend_opt = fastxtend_opt._modidx:d' in entry
     with tarfile.open(sdist) as t: names = [n.partition('/')[2] for n in t.getnames()]
-    for n in (*sources, 'settings.ini','setup.py','pyproject.toml','README.md','LICENSE','CHANGELOG.md','fastxtend_opt/tools/data/shapes.json','nbs/index.ipynb','tests/test_package.py','tools/render_site.py'): assert n in names, f'the sdist lacks {n}'
+    for n in (*sources, 'settings.ini','setup.py','pyproject.toml','README.md','LICENSE','CHANGELOG.md','fastxtend_opt/tools/data/shapes.json',
+              'nbs/index.ipynb','tests/test_package.py','tools/render_site.py'):
+        assert n in names, f'the sdist lacks {n}'
+
+# --- commands of the Makefile, workflows and versions ----------------------------------------------
+
+def _tool(name):
+    spec = importlib.util.spec_from_file_location(name, root/'tools'/f'{name}.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    return tool
+
+def _targets(): return set(re.findall(r'^([\w-]+):(?!=)', (root/'Makefile').read_text(encoding='utf-8'), re.M))
+
+def workflows(): return sorted((root/'.github'/'workflows').glob('*.yml'))
+
+@pytest.mark.skipif(not (root/'.github').exists(), reason='an sdist has no workflows')
+def test_there_are_workflows(): assert {p.name for p in workflows()} == {'versions.yml','dist.yml','docs.yml'}
+
+@pytest.mark.parametrize('p', workflows(), ids=lambda p: p.name)
+def test_workflow_runs_targets_that_exist(p):
+    "A workflow can't run here, but each one calls a target of the Makefile, which can"
+    yaml = pytest.importorskip('yaml')
+    jobs = yaml.safe_load(p.read_text(encoding='utf-8'))['jobs']
+    made = [m for job in jobs.values() for s in job['steps'] for m in re.findall(r'\bmake ([\w-]+)', s.get('run', ''))]
+    assert made and set(made) <= _targets(), f'{p.name} makes {made}; the Makefile has {sorted(_targets())}'
+
+def test_makefile_names_files_that_exist():
+    for o in re.findall(r'\b(tools/\w+\.py)\b', (root/'Makefile').read_text(encoding='utf-8')): assert (root/o).is_file(), o
+
+def test_versions_workflow_has_every_corner():
+    yaml,path = pytest.importorskip('yaml'),root/'.github'/'workflows'/'versions.yml'
+    if not path.exists(): pytest.skip('an sdist has no workflows')
+    rows = yaml.safe_load(path.read_text(encoding='utf-8'))['jobs']['test']['strategy']['matrix']['include']
+    corners = _tool('versions').corners
+    assert {r['corner']: r['python'] for r in rows} == {n: c[0].rpartition('.')[0] for n,c in corners.items()}
+
+def test_oldest_corner_is_what_settings_declare():
+    "Nothing older is declared than what is tested"
+    number = lambda v: tuple(int(o) for o in v.split('.'))
+    need = dict(re.findall(r'(\w+)>=([\d.]+)', settings()['requirements']))
+    python,*oldest = _tool('versions').corners['oldest']
+    assert number(settings()['min_python']) == number(python)[:2]
+    for name,v in zip(('torch','fastai','fastcore'), oldest):
+        declared = number(need[name])
+        assert declared == number(v)[:len(declared)], f'{name}>={need[name]} is declared, {v} is tested'
+
+def test_versions_command(capsys):
+    v = _tool('versions')
+    a,rows,rest = v.parse(['--corners','oldest','--with','numpy<2','--','tests/test_ops.py'])
+    assert rows == [(*v.corners['oldest'],'numpy<2')] and rest == ['tests/test_ops.py']
+    assert v.pins(rows[0])[0] == f"torch=={v.corners['oldest'][1]}" and v.pins(('3.11.7','-','2.8.5','-')) == ['fastai==2.8.5']
+    assert not {'nbdev','pypandoc-binary'} & set(v.requirements()) and 'pytest' in v.requirements()
+    for bad,said in ((['3.11.7'],'name four versions'), (['--corners','latest'],'latest: choose from oldest, colab')):
+        with pytest.raises(SystemExit): v.parse(bad)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='no python3.99 here'): v.interpreter('3.99.0')

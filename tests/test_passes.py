@@ -1,4 +1,5 @@
-"A step of several passes (`Between`): totals over the whole model, numbers for the next pass, in all modes; what can't work says so before anything changes."
+"""A step of several passes (`Between`): totals over the whole model, numbers for the next pass, in all modes; what can't work says so
+before anything changes."""
 import copy,io,math
 
 import pytest,torch
@@ -63,7 +64,8 @@ def test_first_and_last_and_in_a_row(mode):
     seen = []
     def note(turn, **kwargs): seen.append(turn); return {'turn': turn+1}
     p = nn.Parameter(torch.ones(3))
-    with backend_of(mode): opt = make_optimizer([p], [Between(note, turn=0), Between(note, turn=0), sgd_step, Between(note, turn=0)], lr=.5, **flags(mode))
+    with backend_of(mode): opt = make_optimizer([p], [Between(note, turn=0), Between(note, turn=0), sgd_step, Between(note, turn=0)], lr=.5,
+                                                **flags(mode))
     p.grad = torch.ones(3)
     for _ in range(2): opt.step()
     assert seen==list(range(6)) and opt.turn==6 and p.tolist()==[0.]*3
@@ -86,7 +88,8 @@ def test_a_value_that_is_not_made_anew_does_not_count(mode):
         return {'sq': p.grad.data.square().sum()} if lr else None
     def keep(sq, **kwargs): return {'got': sq}
     ps = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
-    with backend_of(mode): opt = make_optimizer([[p] for p in ps], [share, Between(keep, ('sq',), got=0.), sgd_step], lr=[.1,.2], **flags(mode))
+    with backend_of(mode): opt = make_optimizer([[p] for p in ps], [share, Between(keep, ('sq',), got=0.), sgd_step], lr=[.1,.2],
+                                                **flags(mode))
     for lrs,want in (([.1,.2],5.), ([0.,.2],3.), ([0.,0.],0.), ([.1,0.],2.), ([.1,.2],5.)):
         for p in ps: p.grad = torch.ones_like(p)
         opt.set_hyper('lr', lrs)
@@ -102,7 +105,8 @@ def test_state_that_was_replaced(mode):
         GradStream(4).set(params, i)
         if i==2: opt.state[params[0]]['sq'] = torch.tensor(7., dtype=torch.float64)
         if i==3: params[1].data = params[1].data.clone()
-        if i==4: params.append(nn.Parameter(torch.ones(2, dtype=torch.float64))); opt.param_lists[1].append(params[-1]); GradStream(4).set(params, i)
+        if i==4: params.append(nn.Parameter(
+            torch.ones(2, dtype=torch.float64))); opt.param_lists[1].append(params[-1]); GradStream(4).set(params, i)
         if i==5: opt.load_state_dict(copy.deepcopy(opt.state_dict()))
         norm = math.sqrt(sum(float(p.grad.square().sum()) for p in params))
         opt.step()
@@ -115,7 +119,8 @@ def test_shape_in_a_later_pass(mode):
     def first(p, **kwargs): calls.append(1); return {'sq': p.grad.data.square().sum(), 'n': kwargs.get('n', 0)+1}
     def by_size(p, lr, **kwargs): p.data.add_(p.grad.data, alpha=-lr/p.numel())
     ps = [nn.Parameter(torch.ones(s)) for s in ((2,),(2,2),(5,))]
-    with backend_of(mode): opt = make_optimizer(ps, [first, Between(clip_factor, ('sq',), scale=1.), by_size], lr=1., max_norm=1., **flags(mode))
+    with backend_of(mode): opt = make_optimizer(ps, [first, Between(clip_factor, ('sq',), scale=1.), by_size], lr=1., max_norm=1.,
+                                                **flags(mode))
     for _ in range(3):
         for p in ps: p.grad = torch.ones_like(p)
         opt.step()
@@ -130,16 +135,18 @@ def lean(p, mom, grad_avg=None, seen=0, **kwargs):
 def step_by(p, lr, scale, grad_avg, **kwargs): p.data.add_(grad_avg, alpha=-lr*scale)
 
 STORAGE = dict(kahan={}, sround=dict(stochastic_rounding=True, seed=3), f32=dict(state_dtype=torch.float32), plain=dict(kahan_sum=False))
-@pytest.mark.parametrize('mode,storage', [pytest.param(m, k, marks=() if m!='triton' and k in ('kahan','sround') else pytest.mark.slow) for m in MODES for k in STORAGE])
+@pytest.mark.parametrize('mode,storage', [pytest.param(m, k, marks=() if m!='triton' and k in ('kahan','sround') else pytest.mark.slow)
+                                          for m in MODES for k in STORAGE])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 def test_state_is_rounded_once(mode, storage, dtype):
-    """Each pass draws its own numbers for what it stores, and stores only what has changed: state, weights and counters of a step in two passes are native's
-    to the bit, but where a sum's last bit moves the scale; the factor here is a power of two, so that it does not."""
+    """Each pass draws its own numbers for what it stores, and stores only what has changed: state, weights and counters of a step in two
+    passes are native's to the bit, but where a sum's last bit moves the scale; the factor here is a power of two, so that it does not."""
     kw = dict(STORAGE[storage]) if dtype is torch.bfloat16 else dict(state_dtype=torch.bfloat16)
     def power(sq, **kwargs): return {'scale': 2.**-round(math.log2(1+sq)/2)}
     def go(m):
         params,stream = make_params(((33,),(17,5),(1,)), dtype, big=False, channels_last=False),GradStream(2)
-        with backend_of(m): opt = make_optimizer(two_groups(params), [lean, Between(power, ('sq',), scale=1.), step_by], lr=.03, mom=.9, **kw, **flags(m))
+        with backend_of(m): opt = make_optimizer(two_groups(params), [lean, Between(power, ('sq',), scale=1.), step_by], lr=.03, mom=.9,
+                                                 **kw, **flags(m))
         for i in range(6): stream.set(params, i); opt.step()
         return snapshot(params, opt)
     a,b = go(mode),go('native')
@@ -155,7 +162,8 @@ def through_file(sd):
 @pytest.mark.parametrize('src,dst', [(m, ALL_MODES[(i+j)%5]) for i,m in enumerate(ALL_MODES) for j in (0,1)])
 def test_checkpoints(src, dst):
     "The model's numbers are in it, the totals are not; from any mode into any other"
-    def build(ps, mode): return clipping(two_groups(ps), mode, cbs=[squares, Between(slow_norm, ('sq',), norm=0., scale=1.), scale_grad, average_grad, momentum_step])
+    def build(ps, mode): return clipping(two_groups(ps), mode, cbs=[squares, Between(slow_norm, ('sq',), norm=0., scale=1.), scale_grad,
+                                                                    average_grad, momentum_step])
     params,stream = make_params(dtype=torch.float64, big=False),GradStream(6)
     opt = build(params, src)
     for i in range(3): stream.set(params, i, skip=[1]); opt.step()
@@ -187,7 +195,8 @@ def test_copies(mode):
 def test_extra_arguments_and_closure(mode):
     def shift(p, by, **kwargs): p.data.add_(by)
     p = nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
-    with backend_of(mode): opt = make_optimizer([p], [squares, Between(clip_factor, ('sq',), scale=1.), shift], lr=.1, max_norm=1., **flags(mode))
+    with backend_of(mode): opt = make_optimizer([p], [squares, Between(clip_factor, ('sq',), scale=1.), shift], lr=.1, max_norm=1.,
+                                                **flags(mode))
     opt.step(by=2.)
     assert p.tolist()==[3.,3.]
     with pytest.raises(NotImplementedError, match='closure'): opt.step(lambda: 0)
@@ -232,12 +241,14 @@ def test_a_value_an_element(mode):
 def test_a_value_an_element_natively():
     p = nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
     for v,words in ((torch.ones(2), r'shape \(2,\)'), (3., 'got 3.0')):
-        with pytest.raises(ValueError, match=words): clipping([p], cbs=[lambda p, **kwargs: {'sq': v}, Between(clip_factor, ('sq',), scale=1.)]).step()
+        with pytest.raises(ValueError, match=words):
+            clipping([p], cbs=[lambda p, **kwargs: {'sq': v}, Between(clip_factor, ('sq',), scale=1.)]).step()
 
 @every
 def test_what_a_between_may_return(mode):
     p = nn.Parameter(torch.ones(2)); p.grad = torch.ones(2)
-    for f,words in ((lambda **kwargs: {'other': 1.}, 'returned other.*scale'), (lambda **kwargs: {'scale': math.nan}, "'scale' is nan"), (lambda **kwargs: {'scale': [1.]}, "one number per group")):
+    for f,words in ((lambda **kwargs: {'other': 1.}, 'returned other.*scale'), (lambda **kwargs: {'scale': math.nan}, "'scale' is nan"),
+                    (lambda **kwargs: {'scale': [1.]}, "one number per group")):
         with pytest.raises(ValueError, match=words): clipping([p], mode, cbs=[squares, Between(f, ('sq',), scale=1.), sgd_step]).step()
     assert p.tolist()==[1.,1.]
 
@@ -254,5 +265,6 @@ def test_refused_elsewhere(mode):
     opt = clipping(list(m.parameters()), mode)
     with pytest.raises(ValueError, match="gradient release: stepper 'clip_factor' needs"): prepare_for_gradient_release(m, opt)
     with pytest.raises(ValueError, match="gradient release: stepper 'clip_factor' needs"): prepare_for_gradient_release(m, Lookahead(opt))
-    with pytest.raises(UnsupportedError, match='optimizer_accumulation: a step of this optimizer has several passes'): opt.optimizer_accumulation = True
+    with pytest.raises(UnsupportedError, match='optimizer_accumulation: a step of this optimizer has several passes'):
+        opt.optimizer_accumulation = True
     assert not opt.optimizer_accumulation

@@ -18,21 +18,25 @@ from helpers import *
 from test_oracles import distance,po,problem,run_fastai,run_reference,run_torch
 
 GROWS = dict(d0=.01, d_coef=20., sqr_mom=.99)
-ALL = [{}, dict(safeguard_warmup=True, use_bias_correction=True, growth_rate=1.2), dict(decouple_wd=False), dict(decouple_lr=True, max_lr=1.), dict(cautious=True)]
+ALL = [{}, dict(safeguard_warmup=True, use_bias_correction=True, growth_rate=1.2), dict(decouple_wd=False),
+       dict(decouple_lr=True, max_lr=1.), dict(cautious=True)]
 
 def life(i, opt, params, stream):
     "Two learning rates, none at times; a tensor without decay, gradients that come late and go, groups without any"
     if i==0: opt.state[params[1]]['do_wd'] = False
     opt.set_hyper('lr', [[1.,.2],[.5,1.],[0.,1.],[1.,0.],[0.,0.]][(i//2)%5])
-    stream.set(params, i, skip=range(len(params)) if i==5 else range(len(params)//2) if i==7 else [j for j in range(len(params)) if i < j%3])
+    stream.set(params, i, skip=range(len(params)) if i==5 else range(len(params)//2)
+               if i==7 else [j for j in range(len(params)) if i < j%3])
 
 def run(mode, dtype=torch.float64, n=16, scenario=life, **kw):
     ds = []
     def each(i, opt, params, stream): ds.append(opt.d); scenario(i, opt, params, stream)
-    res = run_trajectory(WithBackend(partial(Prodigy, lr=1., wd=.01, **{**GROWS, **kw}, **flags(mode)), mode), n, dtype, each, at=(0,1,4,n-1))
+    res = run_trajectory(WithBackend(partial(Prodigy, lr=1., wd=.01, **{**GROWS, **kw}, **flags(mode)), mode), n, dtype, each,
+                         at=(0,1,4,n-1))
     return res,ds
 
-@pytest.mark.parametrize('mode,kw', [pytest.param(m, k, id=f"{m}-{'-'.join(k) or 'plain'}", marks=() if not k or m=='foreach' else pytest.mark.slow) for m in MODES for k in ALL])
+@pytest.mark.parametrize('mode,kw', [pytest.param(m, k, id=f"{m}-{'-'.join(k) or 'plain'}",
+                                                  marks=() if not k or m=='foreach' else pytest.mark.slow) for m in MODES for k in ALL])
 def test_modes_agree(mode, kw):
     (a,da),(b,db) = run(mode, **kw),run('native', **kw)
     assert db[-1]>3*.01 and sorted(db)==db and len(set(db))>4 # it has grown, more than once
@@ -40,7 +44,9 @@ def test_modes_agree(mode, kw):
     for i in b: assert_same(a[i], b[i], **TOL[torch.float64], path=f'step {i}')
 
 STORAGE = dict(kahan={}, sround=dict(stochastic_rounding=True, seed=5), f32_state=dict(state_dtype=torch.float32))
-@pytest.mark.parametrize('mode,storage', [pytest.param(m, v, id=f'{m}-{k}', marks=() if (m,k) in (('fused','kahan'),('foreach','sround'),('jit','f32_state')) else pytest.mark.slow) for m in MODES for k,v in STORAGE.items()])
+@pytest.mark.parametrize('mode,storage', [pytest.param(m, v, id=f'{m}-{k}',
+    marks=() if (m,k) in (('fused','kahan'),('foreach','sround'),('jit','f32_state')) else pytest.mark.slow) for m in MODES for k,
+    v in STORAGE.items()])
 def test_bfloat16(mode, storage):
     "As native: state is rounded once a step, with the same draws; the sums are in float32"
     (a,da),(b,db) = (run(m, torch.bfloat16, 8, **storage) for m in (mode,'native'))
@@ -104,7 +110,8 @@ def test_learners_default_rate_is_warned_of_once():
     assert len(msgs)==1 and 'lr=0.001' in msgs[0] and 'Learner(..., lr=1.)' in msgs[0] and 'fit_one_cycle(n, lr_max=1.)' in msgs[0]
     assert sum(isinstance(c, CheckProdigyLR) for c in learn.cbs)==1
 
-@pytest.mark.parametrize('f', [lambda l: l.fit(1), lambda l: l.fit(1, lr=.5), lambda l: l.fit_one_cycle(1, lr_max=1.), lambda l: l.fit(1, lr=slice(1e-3,1.))])
+@pytest.mark.parametrize('f', [lambda l: l.fit(1), lambda l: l.fit(1, lr=.5), lambda l: l.fit_one_cycle(1, lr_max=1.),
+                               lambda l: l.fit(1, lr=slice(1e-3,1.))])
 def test_no_warning_where_the_peak_is_right(f):
     learn = learner(1.)
     assert not told(lambda: f(learn))
@@ -170,9 +177,11 @@ def test_a_gradient_that_is_not_finite(mode):
 def test_refusals():
     m = nn.Linear(2, 1)
     opt = Prodigy(m.parameters())
-    with pytest.raises(ValueError, match="gradient release: stepper 'prodigy_distance' needs the gradients of all"): prepare_for_gradient_release(m, opt)
+    with pytest.raises(ValueError, match="gradient release: stepper 'prodigy_distance' needs the gradients of all"):
+        prepare_for_gradient_release(m, opt)
     with pytest.raises(UnsupportedError, match='Accumulate gradients instead'): opt.optimizer_accumulation = True
-    for kw,words in ((dict(beta3=1.), 'beta3=1.0'), (dict(d0=0.), 'd0=0.0'), (dict(d_coef=-1.), 'd_coef=-1.0'), (dict(growth_rate=.5), 'growth_rate=0.5.*or inf'), (dict(growth_rate=math.nan), 'growth_rate=nan')):
+    for kw,words in ((dict(beta3=1.), 'beta3=1.0'), (dict(d0=0.), 'd0=0.0'), (dict(d_coef=-1.), 'd_coef=-1.0'),
+                     (dict(growth_rate=.5), 'growth_rate=0.5.*or inf'), (dict(growth_rate=math.nan), 'growth_rate=nan')):
         for f in (lambda: Prodigy(m.parameters(), **kw), lambda: prodigy(**kw)):
             with pytest.raises(ValueError, match=words): f()
     prodigy(growth_rate=float('inf'))

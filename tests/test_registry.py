@@ -32,7 +32,8 @@ every = pytest.mark.parametrize('row', ROWS, ids=lambda r: r.name)
 
 def params(): return [nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(3,2))]
 def inner(opt): return opt.opt if isinstance(opt, Lookahead) else opt
-def own(row): return 'wd' if 'wd' in row.hypers else next(k for k,v in row.hypers.items() if isinstance(v, float)) # a hyperparameter that it has
+# a hyperparameter that it has
+def own(row): return 'wd' if 'wd' in row.hypers else next(k for k,v in row.hypers.items() if isinstance(v, float))
 def outcome(f):
     "Type and message of what `f` raises"
     with pytest.raises(Exception) as e: f()
@@ -108,7 +109,9 @@ def test_signature_order(row):
     common = [p for p in ps[3 if row.name in FREE else 0:] if p in ('mom','sqr_mom','eps','wd','beta','decouple_wd')]
     assert common==sorted(common, key=['mom','sqr_mom','eps','wd','beta','decouple_wd'].index)
     sig = inspect.signature(row.func).parameters
-    assert all(sig[m].default is False for m in FLAGS) and (row.name in FREE or row.kind=='model' or sig['lr'].default is inspect.Parameter.empty) # schedule-free learning rates, and Prodigy's, are unlike others, so that they have defaults
+    # schedule-free learning rates, and Prodigy's, are unlike others, so that they have defaults
+    assert all(sig[m].default is False for m in FLAGS) and (row.name in FREE or row.kind=='model'
+                                                            or sig['lr'].default is inspect.Parameter.empty)
 
 @every
 def test_every_parameter_has_a_docment(row):
@@ -129,7 +132,8 @@ SPEC.update({n: o.DEFAULTS for n,o in ORACLES.items()})
 @pytest.mark.parametrize('name', [*NAMES, *ORACLES])
 def test_defaults_are_those_of_the_spec(name):
     want = {**({} if name in NO_L2 else {'decouple_wd':True}), **SPEC[name]}
-    assert get_optimizer(name).hypers==want and [k for k in get_optimizer(name).hypers if k!='decouple_wd']==[k for k in SPEC[name] if k!='decouple_wd']
+    assert get_optimizer(name).hypers==want and [k for k in get_optimizer(name).hypers if k!='decouple_wd']==[k
+        for k in SPEC[name] if k!='decouple_wd']
 
 # ---------------------------------------------------------------- factories
 @every
@@ -197,7 +201,8 @@ def test_flag_picks_the_engine(row, mode):
     if mode not in row.modes: assert mode in outcome(lambda: row.func(params(), .1, **{mode:True}))[1]; return
     cls = dict(foreach=ForEachOptimizer, jit=JitOptimizer, fused=FusedOptimizer)[mode]
     opt = row.func(params(), .1, **{mode:True})
-    assert isinstance(inner(opt), cls) and (row.name in FREE or type(inner(opt)) is cls) and isinstance(opt, Optimizer) and opt # never falsy
+    # never falsy
+    assert isinstance(inner(opt), cls) and (row.name in FREE or type(inner(opt)) is cls) and isinstance(opt, Optimizer) and opt
 
 @every
 def test_unknown_keyword_is_pythons_typeerror(row): assert outcome(lambda: row.func(params(), .1, weight_decay=.1))[0] is TypeError
@@ -205,12 +210,15 @@ def test_unknown_keyword_is_pythons_typeerror(row): assert outcome(lambda: row.f
 # ---------------------------------------------------------------- hyperparameters
 nan,inf = float('nan'),float('inf')
 BAD = dict(lr=(nan,inf,-1e-3,'fast',None,True,1j), eps=(-1e-8,nan,inf), wd=(-.1,nan,inf), mom=(1.,1.5,-.1,nan), sqr_mom=(1.,-.1,nan),
-           nu_1=(nan,inf), nu_2=(-inf,), trust_coeff=(0.,-1.,nan), rho=(0.,-1.,nan,inf), **{k:(1.,-.1,nan) for k in ('beta1','beta2','beta3','hess_mom')}, warmup_steps=(-1,2.5,nan,True), r=(nan,inf), weight_lr_power=(-1.,nan,inf), k=(0,-1,2.5,nan,True), alpha=(0.,1.5,-.1,nan), beta=(-1.,inf))
+           nu_1=(nan,inf), nu_2=(-inf,), trust_coeff=(0.,-1.,nan), rho=(0.,-1.,nan,inf),
+           **{k:(1.,-.1,nan) for k in ('beta1','beta2','beta3','hess_mom')}, warmup_steps=(-1,2.5,nan,True), r=(nan,inf),
+           weight_lr_power=(-1.,nan,inf), k=(0,-1,2.5,nan,True), alpha=(0.,1.5,-.1,nan), beta=(-1.,inf))
 def cases():
     for r in ROWS:
         for k in ('lr',*r.hypers):
             for v in BAD.get(k, ()):
-                if isinstance(v, (int,float)) and not isinstance(v, bool) and k in r.ranges and v in r.ranges[k]: continue # this algorithm's own range
+                # this algorithm's own range
+                if isinstance(v, (int,float)) and not isinstance(v, bool) and k in r.ranges and v in r.ranges[k]: continue
                 yield pytest.param(r, k, v, id=f'{r.name}-{k}-{v}')
 
 @pytest.mark.parametrize('row,name,value', list(cases()))
@@ -228,7 +236,8 @@ def test_every_hyperparameter_has_a_range(row):
 
 @every
 def test_edges_of_the_ranges_are_allowed(row):
-    edge = dict(eps=0, wd=0, mom=0, sqr_mom=0, nu_1=-.5, nu_2=1.5, k=1, alpha=1, beta=.1 if row.name in FREE else 0, trust_coeff=1e-9, beta1=0, beta2=0, beta3=0, hess_mom=0, rho=1e-9)
+    edge = dict(eps=0, wd=0, mom=0, sqr_mom=0, nu_1=-.5, nu_2=1.5, k=1, alpha=1, beta=.1 if row.name in FREE else 0, trust_coeff=1e-9,
+                beta1=0, beta2=0, beta3=0, hess_mom=0, rho=1e-9)
     row.func(params(), 0., **{k:v for k,v in edge.items() if k in row.hypers})
 
 def test_valid_hyper_of_an_unknown_name():
@@ -346,9 +355,11 @@ def test_momentum_of_one_group_alone(name):
 # ---------------------------------------------------------------- small tools
 def test_take_steps(): assert take_steps(get_optimizer('sgd').func, [1.,2.], [1.,0.]).tolist()==[.9,2.]
 
-@pytest.mark.parametrize('row,mode', [pytest.param(r, m, id=f'{r.name}-{m}', marks=() if r.name in CORE else pytest.mark.slow) for r in ROWS for m in FLAGS if m in r.modes])
+@pytest.mark.parametrize('row,mode', [pytest.param(r, m, id=f'{r.name}-{m}', marks=() if r.name in CORE else pytest.mark.slow)
+                                      for r in ROWS for m in FLAGS if m in r.modes])
 def test_modes_agree(row, mode):
-    for kw in (dict(wd=.1) if 'wd' in row.hypers else {}, *([] if row.name in NO_L2 else [dict(wd=.1, decouple_wd=False)])): assert mode_differences(row.func, modes=(mode,), **kw)[mode] < 1e-10
+    for kw in (dict(wd=.1) if 'wd' in row.hypers else {}, *([] if row.name in NO_L2 else [dict(wd=.1, decouple_wd=False)])):
+        assert mode_differences(row.func, modes=(mode,), **kw)[mode] < 1e-10
     # every step of Sophia without an estimate moves each weight by lr, so what is left close to 0 keeps fewer digits
     assert mode_differences(row.func, modes=(mode,), dtype=torch.float32)[mode] < (1e-3 if row.name=='sophia' else 2e-4)
 

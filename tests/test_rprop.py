@@ -17,7 +17,8 @@ def test_every_branch_is_met():
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_tiny_gradients_have_signs(mode):
     "1e-30 squared is 0 in float32"
-    got = take_steps(WithBackend(lambda p,lr: Rprop(p, lr, **flags(mode)), mode), [1.,1.], [1e-30,-1e-30], [1e-30,1e-30], dtype=torch.float32)
+    got = take_steps(WithBackend(lambda p,lr: Rprop(p, lr, **flags(mode)), mode), [1.,1.], [1e-30,-1e-30], [1e-30,1e-30],
+                     dtype=torch.float32)
     assert got.tolist()==pytest.approx([.78,1.1], rel=1e-6)
 
 def test_lr_is_the_first_step_alone():

@@ -1,4 +1,5 @@
-"""Rules by name and kind of layer: each parameter is stepped as by its own optimizer, to the last bit, in every mode; groups, schedules, freezing, checkpoints and the Learner work on."""
+"""Rules by name and kind of layer: each parameter is stepped as by its own optimizer, to the last bit, in every mode; groups, schedules,
+freezing, checkpoints and the Learner work on."""
 import copy,pickle,warnings
 import pytest,torch
 from fastai.learner import load_learner
@@ -39,8 +40,10 @@ def values(ps): return [p.detach().clone() for p in ps]
 def state(opt): return [{k:v for k,v in opt.state[p].items() if k!='rule'} for pg in opt.param_lists for p in pg]
 
 # ---------------------------------------------------------------- what it does
-OPTS = [({},torch.float64), (dict(decouple_lr=True),torch.float64), ({},torch.bfloat16), (dict(cautious=True, stochastic_rounding=True),torch.bfloat16)]
-@pytest.mark.parametrize('mode,kw,dtype', [pytest.param(m, *o, marks=pytest.mark.slow if m in ('jit','triton') or (i,m)==(3,'fused') else ()) for m in ALL_MODES for i,o in enumerate(OPTS)])
+OPTS = [({},torch.float64), (dict(decouple_lr=True),torch.float64), ({},torch.bfloat16),
+        (dict(cautious=True, stochastic_rounding=True),torch.bfloat16)]
+@pytest.mark.parametrize('mode,kw,dtype', [pytest.param(m, *o, marks=pytest.mark.slow if m in ('jit','triton')
+                                                        or (i,m)==(3,'fused') else ()) for m in ALL_MODES for i,o in enumerate(OPTS)])
 def test_as_with_an_optimizer_for_each(mode, kw, dtype):
     "Bitwise, parameters and state, over changing lr, mom and decay"
     if kw.get('decouple_lr'): t = {NOWD: dict(wd=0), nn.Embedding: adam(wd=1e-4), '3.*': dict(lr_mult=.5), '*': lion(wd=2e-4)}
@@ -50,7 +53,8 @@ def test_as_with_an_optimizer_for_each(mode, kw, dtype):
     wds = (1e-4,2e-4) if kw.get('decouple_lr') else (.1,.2)
     with backend_of(mode):
         def sub(f, ps, lr, wd): return f(ps, lr=lr, wd=wd, **kw, **flags(mode))
-        subs = [(sub(Adam, [e], .01, wds[0]),1.), (sub(Lion, [w1], .01, wds[1]),1.), (sub(Lion, [b1,n1,n2], .01, 0.),1.), (sub(Lion, [w2], .005, wds[1]),.5), (sub(Lion, [b2], .005, 0.),.5)]
+        subs = [(sub(Adam, [e], .01, wds[0]),1.), (sub(Lion, [w1], .01, wds[1]),1.), (sub(Lion, [b1,n1,n2], .01, 0.),1.),
+                (sub(Lion, [w2], .005, wds[1]),.5), (sub(Lion, [b2], .005, 0.),.5)]
     pb = list(b.parameters())
     for i in range(10):
         lr = .01*(1+.05*i) if not kw.get('decouple_lr') else .01*(1-.05*i)
@@ -65,12 +69,14 @@ def test_as_with_an_optimizer_for_each(mode, kw, dtype):
 
 def test_first_match_decides():
     m = net()
-    with pytest.raises(TypeError, match=r"eps is no setting of SGD, which '\*.bias' gives.*it takes mom, wd"): make(m, {'Linear': dict(eps=1e-3), '*.bias': sgd(), '*': adam()})
+    with pytest.raises(TypeError, match=r"eps is no setting of SGD, which '\*.bias' gives.*it takes mom, wd"):
+        make(m, {'Linear': dict(eps=1e-3), '*.bias': sgd(), '*': adam()})
     opt = make(m, {'1.*': dict(wd=.3, lr_mult=2), 'Linear': dict(wd=.4), '*.bias': sgd(wd=.6), '*': adam(wd=.5)})
     rows = {r['rule']:r for r in opt.rules.rows}
     assert [(r['rule'],r['tensors'],r['elements'],r['algorithm'],r['wd'],r['lr_mult']) for r in opt.rules.rows]==[
         ('1.* + *.bias',1,5,'SGD(wd=0.6)',.3,2.), ('1.* + *',1,30,'Adam(wd=0.5)',.3,2.),
-        ('Linear + *.bias',1,3,'SGD(wd=0.6)',.4,1.), ('Linear + *',1,15,'Adam(wd=0.5)',.4,1.), ('*.bias',1,5,'SGD(wd=0.6)',.6,1.), ('*',2,71,'Adam(wd=0.5)',.5,1.)]
+        ('Linear + *.bias',1,3,'SGD(wd=0.6)',.4,1.), ('Linear + *',1,15,'Adam(wd=0.5)',.4,1.), ('*.bias',1,5,'SGD(wd=0.6)',.6,1.),
+        ('*',2,71,'Adam(wd=0.5)',.5,1.)]
 
 def test_table_is_markdown():
     lines = str(make(net(), TABLE).rules).splitlines()
@@ -88,7 +94,8 @@ def test_a_lambda_a_tuple_and_names_alone():
 
 def test_fused_launches_a_kernel_for_each_algorithm():
     m = net(torch.float32)
-    opt = make(m, {'*.bias': dict(lr_mult=.3, sqr_mom=.9), nn.LayerNorm: dict(wd=.2), nn.Embedding: lion(wd=.1), '*': adam(wd=.1)}, 'fused', groups=[list(m[:2].parameters()), list(m[2:].parameters())])
+    opt = make(m, {'*.bias': dict(lr_mult=.3, sqr_mom=.9), nn.LayerNorm: dict(wd=.2), nn.Embedding: lion(wd=.1), '*': adam(wd=.1)}, 'fused',
+               groups=[list(m[:2].parameters()), list(m[2:].parameters())])
     go(opt, range(3))
     assert len(opt._cohorts())==7 and len(opt._plan.launches)==2
 
@@ -96,7 +103,8 @@ def test_fused_launches_a_kernel_for_each_algorithm():
 @modes
 def test_groups_schedules_and_set_hyper(mode):
     m = net(); opt = make(m, TABLE, mode, groups=[list(m[:2].parameters()), list(m[2:].parameters())], lr=slice(1e-3,1e-2))
-    assert [h['lr'] for h in opt.hypers]==[1e-3,1e-2] and [h['wd'] for h in opt.hypers]==[.2,.2] and [h['wd@adam'] for h in opt.hypers]==[.1,.1]
+    assert ([h['lr'] for h in opt.hypers]==[1e-3,1e-2] and [h['wd'] for h in opt.hypers]==[.2,.2]
+            and [h['wd@adam'] for h in opt.hypers]==[.1,.1])
     opt.set_hyper('wd', [.3,.4])
     assert [(h['wd'],h['wd@adam']) for h in opt.hypers]==[(.3,.3),(.4,.4)]
     assert [r['wd'] for r in opt.rules.rows if r['rule']==NOWD+' + *']==[0]
@@ -106,7 +114,8 @@ def test_groups_schedules_and_set_hyper(mode):
     before = values(m.parameters()); go(opt, range(2)); assert_bitwise(values(m.parameters()), before)
 
 def test_a_group_has_its_own():
-    m = net(); opt = make(m, {'*.bias': dict(wd=0), '*': adam(wd=.1)}, groups=[dict(params=list(m[:2].parameters()), wd=.7, lr=.5), dict(params=list(m[2:].parameters()))])
+    m = net(); opt = make(m, {'*.bias': dict(wd=0), '*': adam(wd=.1)}, groups=[dict(params=list(m[:2].parameters()), wd=.7, lr=.5),
+                                                                               dict(params=list(m[2:].parameters()))])
     assert [(r['rule'],r['wd']) for r in opt.rules.rows]==[('*.bias + *',0),('*',.7),('*',.1)] and [h['lr'] for h in opt.hypers]==[.5,.01]
 
 @modes
@@ -169,7 +178,8 @@ def test_frozen(mode):
     assert on()==[False]+[True]*6
 
 def test_nothing_left_to_train():
-    with pytest.raises(ValueError, match='all parameters are frozen'),pytest.warns(UserWarning, match='fits no parameter'): make(net(), {'*': dict(freeze=True), '0.*x': adam()})
+    with pytest.raises(ValueError, match='all parameters are frozen'),pytest.warns(UserWarning, match='fits no parameter'):
+        make(net(), {'*': dict(freeze=True), '0.*x': adam()})
 
 # ---------------------------------------------------------------- what else an optimizer does
 @modes
@@ -190,7 +200,8 @@ def test_optimizer_accumulation(mode):
     opt.optimizer_accumulation = True; before = values(m.parameters()); go(opt, range(2))
     assert_bitwise(values(m.parameters()), before) and all('grad_avg' in s for s in state(opt))
     opt.optimizer_accumulation = False; go(opt, [2]); assert (m[0].weight!=before[0]).any()
-    with pytest.raises(NotImplementedError, match='keep no average'): make(net(), {'*.bias': sgd(), '*': adam()}).optimizer_accumulation = True
+    with pytest.raises(NotImplementedError, match='keep no average'):
+        make(net(), {'*.bias': sgd(), '*': adam()}).optimizer_accumulation = True
 
 @modes
 def test_round_it(mode):
@@ -198,10 +209,12 @@ def test_round_it(mode):
     for wrap in (lambda o: Lookahead(o, k=3), None):
         a,b = net(),net(); t = {nn.Embedding: adam(wd=.1), '*': sgd(mom=.9)}
         with backend_of(mode):
-            if wrap: opt,subs = wrap(make(a, t, mode)),[wrap(Adam([b[0].weight], lr=.01, wd=.1, **flags(mode))),wrap(SGD(list(b[1:].parameters()), lr=.01, mom=.9, **flags(mode)))]
+            if wrap: opt,subs = wrap(make(a, t, mode)),[wrap(Adam([b[0].weight], lr=.01, wd=.1, **flags(mode))),
+                                                        wrap(SGD(list(b[1:].parameters()), lr=.01, mom=.9, **flags(mode)))]
             else:
                 with naming(a): opt = schedule_free(rules(t, **flags(mode)))(a.parameters(), lr=.01)
-                subs = [schedule_free(adam(wd=.1, **flags(mode)))([b[0].weight], lr=.01),schedule_free(sgd(mom=.9, **flags(mode)))(list(b[1:].parameters()), lr=.01)]
+                subs = [schedule_free(adam(wd=.1, **flags(mode)))([b[0].weight], lr=.01),
+                        schedule_free(sgd(mom=.9, **flags(mode)))(list(b[1:].parameters()), lr=.01)]
         for i in range(8):
             go(opt, [i]); GradStream(5).set(list(b.parameters()), i)
             for o in subs: o.step()
@@ -212,7 +225,8 @@ def test_round_it(mode):
 def test_groups_that_agree_after_a_step(mode):
     "SWATS twice, with two tolerances: a rate for the tensors of each"
     a,b = net(),net(); opt = make(a, {'0.*|1.*': swats(switch_tol=1.), '*': swats(switch_tol=.5)}, mode)
-    with backend_of(mode): subs = [SWATS(list(b[:2].parameters()), lr=.01, switch_tol=1., **flags(mode)),SWATS(list(b[2:].parameters()), lr=.01, switch_tol=.5, **flags(mode))]
+    with backend_of(mode): subs = [SWATS(list(b[:2].parameters()), lr=.01, switch_tol=1., **flags(mode)),
+                                   SWATS(list(b[2:].parameters()), lr=.01, switch_tol=.5, **flags(mode))]
     for i in range(8):
         go(opt, [i]); GradStream(5).set(list(b.parameters()), i)
         for o in subs: o.step()
@@ -234,7 +248,8 @@ def hidden(p, lr, eps=1., **kwargs): p.data.sub_(p.grad.data, alpha=lr*eps)
 def test_hyperparameters_of_others_are_hidden(mode):
     "A stepper with a default of its own does not see what another algorithm calls the same"
     m = net(); ps = list(m.parameters())
-    opt = make(m, {'*.bias': lambda p, lr, **kw: make_optimizer(p, [hidden], lr=lr, **kw), '*': adam(eps=1e-3)}, mode); assert 'eps' in opt.hypers[0]
+    opt = make(m, {'*.bias': lambda p, lr, **kw: make_optimizer(p, [hidden], lr=lr, **kw), '*': adam(eps=1e-3)},
+               mode); assert 'eps' in opt.hypers[0]
     before = values(ps); go(opt, [0]); assert_same(ps[2].detach(), before[2]-.01*ps[2].grad, **TOL[torch.float64])
 
 @pytest.mark.parametrize('mode', ['native','foreach','fused'])
@@ -248,7 +263,8 @@ def test_muon_decides_in_view_of_the_whole_model(mode):
         torch.manual_seed(1); m = Net().double()
         with backend_of(mode),naming(m): opt = f(m.parameters(), lr=.01, **flags(mode))
         go(opt, range(4)); return m,opt
-    (a,x),(b,y),(c,_) = run(muon(wd=.1)),run(rules({'*': muon(wd=.1)})),run(rules({'head.*': adam(), 'l1.*': dict(lr_mult=.5), '*bias': dict(wd=0), '*': muon(wd=.1)}))
+    (a,x),(b,y),(c,_) = run(muon(wd=.1)),run(rules({'*': muon(wd=.1)})),run(rules({'head.*': adam(), 'l1.*': dict(lr_mult=.5),
+                                                                                   '*bias': dict(wd=0), '*': muon(wd=.1)}))
     assert_bitwise(values(a.parameters()), values(b.parameters()))
     assert_bitwise(values([a.l2.weight, a.emb.weight]), values([c.l2.weight, c.emb.weight]))
     assert any('use_muon=True' in r['algorithm'] for r in y.rules.rows) and any('use_muon=False' in r['algorithm'] for r in y.rules.rows)
@@ -295,9 +311,11 @@ def test_other_errors():
     with pytest.raises(ValueError, match='1 dicts for 7'): make(net(), TABLE).fix_state([{}])
 
 def test_warnings():
-    with pytest.warns(UserWarning, match=r"'bias' fits no parameter. It is held against whole names \(0.weight, 1.weight, 1.bias, ...\)"): make(net(), {'bias': dict(wd=0), '*': adam()})
+    with pytest.warns(UserWarning, match=r"'bias' fits no parameter. It is held against whole names \(0.weight, 1.weight, 1.bias, ...\)"):
+        make(net(), {'bias': dict(wd=0), '*': adam()})
     with pytest.warns(UserWarning, match=r"'\*.bias' decides nothing.*rules above"): make(net(), {'*': adam(), '*.bias': lion()})
-    with pytest.warns(UserWarning, match="kind of layer is not known: use `with naming"): rules({nn.Embedding: dict(wd=0), '*': adam()})(net().named_parameters(), lr=.1)
+    with pytest.warns(UserWarning, match="kind of layer is not known: use `with naming"):
+        rules({nn.Embedding: dict(wd=0), '*': adam()})(net().named_parameters(), lr=.1)
     with no_warnings(): make(net(), TABLE); make(net(), {'*.bias': dict(wd=0), '*': undecayed})
 
 def undecayed(params, lr): return make_optimizer(params, [sgd_step], lr=lr)
@@ -305,7 +323,8 @@ def undecayed(params, lr): return make_optimizer(params, [sgd_step], lr=lr)
 # ---------------------------------------------------------------- in a Learner
 def ruled(path, table=None, mode='native', **kw):
     learn = learner('adam', mode, path)
-    with backend_of(mode): learn.opt_func = rules(table or {'*.bias|*Norm*': dict(wd=0), 'Conv2d': lion(wd=.1), '*': dict(opt_func=adam(), lr_mult=2)}, **kw, **flags(mode))
+    with backend_of(mode): learn.opt_func = rules(table or {'*.bias|*Norm*': dict(wd=0), 'Conv2d': lion(wd=.1),
+                                                            '*': dict(opt_func=adam(), lr_mult=2)}, **kw, **flags(mode))
     return learn
 
 def test_learner_knows_the_names_and_prints_the_table(tmp_path, capsys):
@@ -324,7 +343,8 @@ def test_wd_bn_bias_is_shown(tmp_path):
 @pytest.mark.parametrize('mode', ['foreach','fused'])
 def test_training_as_in_native_mode(mode, tmp_path):
     def run(mode):
-        learn = ruled(tmp_path, mode=mode); learn.freeze_to(1); learn.fit_one_cycle(1, slice(1e-4,1e-3)); learn.unfreeze(); learn.fit_one_cycle(1, slice(1e-4,1e-3), wd=.05)
+        learn = ruled(tmp_path, mode=mode)
+        learn.freeze_to(1); learn.fit_one_cycle(1, slice(1e-4,1e-3)); learn.unfreeze(); learn.fit_one_cycle(1, slice(1e-4,1e-3), wd=.05)
         assert learn.opt.hypers[0]['wd']==.05 and abs(learn.opt.hypers[0]['mom']-.95)<.01
         return losses(learn)
     assert_same(run(mode), run('native'), rtol=1e-4)
@@ -336,7 +356,8 @@ def test_save_load_export(tmp_path):
     assert n>0
     with no_warnings(ignore=('numpy.core',)): learn.load('m', with_opt=True)
     learn.export('m.pkl')
-    assert len([p for p in learn.model.parameters() if not p.requires_grad])==n and sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters()))
+    assert (len([p for p in learn.model.parameters() if not p.requires_grad])==n
+            and sum(map(len, learn.opt.param_lists))==len(list(learn.model.parameters())))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore'); other = load_learner(tmp_path/'m.pkl')
     assert_bitwise(weights(other), w)

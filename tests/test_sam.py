@@ -31,7 +31,9 @@ from learner_utils import all_of,dropout_learner,fit
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.body,self.head,self.unused = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh()),nn.Linear(8, 3),nn.Linear(2, 2) # the last one never has a gradient
+        # the last one never has a gradient
+        self.body,self.head,self.unused = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8),
+                                                        nn.Tanh()),nn.Linear(8, 3),nn.Linear(2, 2)
     def forward(self, x): return self.head(self.body(x))
 
 def net(dtype=torch.float64, seed=0):
@@ -124,7 +126,8 @@ def test_zero_gradient_goes_nowhere():
     opt.second_step()
     assert torch.equal(p.detach(), torch.ones(2))
 
-@pytest.mark.parametrize('make', [lambda ps: Lookahead(Adam(ps, .05), k=3), lambda ps: fo.Adam(ps, .05), lambda ps: Lookahead(Adam(ps, .05, fused=True), k=3)], ids=['lookahead','fastai','fused'])
+@pytest.mark.parametrize('make', [lambda ps: Lookahead(Adam(ps, .05), k=3), lambda ps: fo.Adam(ps, .05),
+                                  lambda ps: Lookahead(Adam(ps, .05, fused=True), k=3)], ids=['lookahead','fastai','fused'])
 def test_round_others_and_resume_bit_exactly(make):
     (x,y),runs = data(),[]
     m = net(); opt = SAM(make(list(m.parameters())), rho=.1); f = closure_of(m, x, y)
@@ -187,7 +190,8 @@ def test_grad_scaler_in_a_plain_loop():
     "Its scale makes no difference; an overflow in the second pass skips the step and halves the scale"
     (x,y),res = data(torch.float32),[]
     for scale in (1., 2.**10):
-        m = net(torch.float32); opt,scaler = SAM(SGD(m.parameters(), .1, mom=.9), rho=.1),GradScaler('cpu', init_scale=scale, growth_interval=100)
+        m = net(torch.float32); opt,scaler = SAM(SGD(m.parameters(), .1, mom=.9), rho=.1),GradScaler('cpu', init_scale=scale,
+            growth_interval=100)
         for i in range(6):
             opt.zero_grad(); scaler.scale(F.cross_entropy(m(x), y)).backward(); opt.first_step(zero_grad=True)
             scaler.scale(F.cross_entropy(m(x), y)).backward(); opt.restore()
@@ -224,7 +228,8 @@ def by_hand(n, lr, rho, mom=.9, clip=None, acc=None):
             gs = torch.autograd.grad(loss, list(model.parameters()))
             after = torch.get_rng_state()
             norm = torch.cat([g.flatten() for g in gs]).norm()
-            old,stats = [p.detach().clone() for p in model.parameters()],[(m.running_mean.clone(), m.running_var.clone(), m.num_batches_tracked.clone()) for m in bns]
+            old,stats = [p.detach().clone() for p in model.parameters()],[(m.running_mean.clone(), m.running_var.clone(),
+                                                                           m.num_batches_tracked.clone()) for m in bns]
             with torch.no_grad():
                 for p,g in zip(model.parameters(), gs): p.add_(g, alpha=float(rho/(norm+1e-12)))
             torch.set_rng_state(start)
@@ -242,7 +247,8 @@ def by_hand(n, lr, rho, mom=.9, clip=None, acc=None):
         for _ in learn.dls.valid: pass # which takes a random number too
     return [t.detach().clone() for t in (*model.parameters(), *model.buffers())],losses
 
-@pytest.mark.parametrize('kw,cbs', [({}, ()), (dict(clip=.1), (GradientClip(.1),)), (dict(acc=64), (GradientAccumulation(64),)), (dict(acc=64, clip=.1), (GradientAccumulation(64),GradientClip(.1)))],
+@pytest.mark.parametrize('kw,cbs', [({}, ()), (dict(clip=.1), (GradientClip(.1),)), (dict(acc=64), (GradientAccumulation(64),)),
+                                    (dict(acc=64, clip=.1), (GradientAccumulation(64),GradientClip(.1)))],
                          ids=['plain','clip','accumulation','both'])
 def test_learner_is_the_loop_by_hand(kw, cbs):
     "Same batch and dropout in both passes, statistics and losses of the first one, accumulation and clipping of the second gradient"
@@ -361,7 +367,8 @@ def test_cancelled_backward_and_step(event):
 class CPUMixed(MixedPrecision):
     "Mixed precision on the CPU, with a real scaler"
     def __init__(self, dtype=torch.bfloat16, scale=2.**10): super().__init__('fp16'); self.dt,self.scale = dtype,scale
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', dtype=self.dt),GradScaler('cpu', init_scale=self.scale, growth_interval=1000),L()
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', dtype=self.dt),GradScaler('cpu',
+        init_scale=self.scale, growth_interval=1000),L()
     name = 'mixed_precision'
 
 def test_mixed_precision():
@@ -369,7 +376,8 @@ def test_mixed_precision():
     dtypes = []
     class Look(Callback):
         run_valid = False
-        def before_fit(self): self.h = self.learn.model[0][0].register_forward_hook(lambda m,i,o: dtypes.append((o[0] if isinstance(o, tuple) else o).dtype) if self.learn.training else None)
+        def before_fit(self): self.h = self.learn.model[0][0].register_forward_hook(lambda m,i,
+            o: dtypes.append((o[0] if isinstance(o, tuple) else o).dtype) if self.learn.training else None)
         def after_fit(self): self.h.remove()
     a,b = (fit(learner(sam(sgd(mom=.9), rho=.2), [CPUMixed(scale=s), Look()])) for s in (1., 2.**12))
     assert set(dtypes)=={torch.bfloat16} and len(dtypes)==2*2*3
@@ -399,14 +407,17 @@ def test_optimizer_accumulation():
     learn = fit(learner(sam(adam(fused=True), rho=.1), [OptimizerAccumulation(64)], n_train=128))
     assert learn.opt.state_dict()['state'][0]['step']==4
 
-@pytest.mark.parametrize('cb,words', [(GradientRelease(), 'gradient release: SAM'), (NonNativeMixedPrecision(), 'non-native mixed precision')], ids=['release','non-native'])
+@pytest.mark.parametrize('cb,words', [(GradientRelease(), 'gradient release: SAM'),
+                                      (NonNativeMixedPrecision(), 'non-native mixed precision')], ids=['release','non-native'])
 def test_learner_refuses(cb, words):
     if isinstance(cb, NonNativeMixedPrecision): cb.before_fit = lambda: None # it wants a GPU
     with pytest.raises((ValueError,AssertionError), match=words): fit(learner(sam(sgd()), [cb]))
 
 class Stateful(nn.Module):
     "Carries its hidden state from batch to batch, as fastai's AWD-LSTM does"
-    def __init__(self): super().__init__(); self.emb,self.rnn,self.out,self.hidden = nn.Embedding(20, 8),nn.LSTM(8, 8, batch_first=True),nn.Linear(8, 20),None
+    def __init__(self):
+        super().__init__()
+        self.emb,self.rnn,self.out,self.hidden = nn.Embedding(20, 8),nn.LSTM(8, 8, batch_first=True),nn.Linear(8, 20),None
     def reset(self): self.hidden = None
     def forward(self, x):
         o,h = self.rnn(F.dropout(self.emb(x), .2, self.training), self.hidden)
@@ -477,6 +488,7 @@ dist.destroy_process_group()
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     "Each goes where its own batch leads, the second gradients are averaged, and the replicas stay the same"
-    ps = [subprocess.Popen([sys.executable, '-c', DDP, str(r), str(tmp_path/'rendezvous')], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in (0,1)]
+    ps = [subprocess.Popen([sys.executable, '-c', DDP, str(r), str(tmp_path/'rendezvous')], stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True) for r in (0,1)]
     outs = [p.communicate(timeout=300)[0] for p in ps]
     assert all(p.returncode==0 and 'fine' in o for p,o in zip(ps, outs)), '\n'.join(outs)

@@ -1,5 +1,5 @@
-"""Schedule-free training: the authors' package and the paper's x, y, z; switching between training and averaged weights costs no bit; in a Learner nothing has to be
-called and x is wherever the model is not training; checkpoints in either mode; BatchNorm; round any optimizer."""
+"""Schedule-free training: the authors' package and the paper's x, y, z; switching between training and averaged weights costs no bit; in a
+Learner nothing has to be called and x is wherever the model is not training; checkpoints in either mode; BatchNorm; round any optimizer."""
 import copy,pickle,random,warnings
 from functools import partial
 
@@ -13,7 +13,8 @@ import reference as R
 import fastxtend_opt.training.low_precision
 from fastxtend_opt.algorithms.adam import Adam,adam
 from fastxtend_opt.algorithms.ranger import Ranger
-from fastxtend_opt.algorithms.schedulefree import (AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree, ScheduleFree, ScheduleFreeMode, ScheduleFreeOptimizer,
+from fastxtend_opt.algorithms.schedulefree import (AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree, ScheduleFree, ScheduleFreeMode,
+                                                   ScheduleFreeOptimizer,
                                                    averaged_weights, recalibrate_bn, schedule_free)
 from fastxtend_opt.algorithms.sgd import SGD,sgd
 from fastxtend_opt.definition.lessons import mode_differences
@@ -39,12 +40,15 @@ def go(opt, r, skip=()):
 def values(ps): return [p.detach().clone() for p in ps]
 def avg(opt):
     "x of each parameter in float64, from y and z"
-    return [torch.lerp(opt.state[p].get('y', p).detach().double(), opt.state[p]['z'].double(), 1-1/h.get('sf_beta', h.get('beta'))) for pg,h in zip(opt.param_lists, opt.hypers) for p in pg]
+    return [torch.lerp(opt.state[p].get('y', p).detach().double(), opt.state[p]['z'].double(), 1-1/h.get('sf_beta', h.get('beta'))) for pg,
+            h in zip(opt.param_lists, opt.hypers) for p in pg]
 
 # ---------------------------------------------------------------- the authors' package, and the paper
 CASES = [('sgd_schedulefree', dict(beta=.9)), ('sgd_schedulefree', dict(beta=.98, warmup_steps=30, r=1.5, weight_lr_power=1.)),
-         ('adamw_schedulefree', dict(beta=.9, sqr_mom=.999, eps=1e-8)), ('adamw_schedulefree', dict(beta=.5, sqr_mom=.9, eps=1e-3, warmup_steps=30, r=1., weight_lr_power=0.)),
-         ('radam_schedulefree', dict(beta=.9, sqr_mom=.999, eps=1e-8, silent_sgd_phase=True)), ('radam_schedulefree', dict(beta=.95, sqr_mom=.99, eps=1e-3, r=.5, weight_lr_power=1., silent_sgd_phase=False))]
+         ('adamw_schedulefree', dict(beta=.9, sqr_mom=.999, eps=1e-8)),
+         ('adamw_schedulefree', dict(beta=.5, sqr_mom=.9, eps=1e-3, warmup_steps=30, r=1., weight_lr_power=0.)),
+         ('radam_schedulefree', dict(beta=.9, sqr_mom=.999, eps=1e-8, silent_sgd_phase=True)),
+         ('radam_schedulefree', dict(beta=.95, sqr_mom=.99, eps=1e-3, r=.5, weight_lr_power=1., silent_sgd_phase=False))]
 
 def theirs(name, groups, beta, sqr_mom=None, **kw):
     cls = getattr(schedulefree, get_optimizer(name).oracle.split('.')[1])
@@ -53,9 +57,11 @@ def theirs(name, groups, beta, sqr_mom=None, **kw):
 def paper(name, p, h, lam):
     extra = {} if name=='sgd_schedulefree' else dict(beta2=h['sqr_mom'], eps=h['eps'])
     extra = {**extra, 'silent':h['silent_sgd_phase']} if name=='radam_schedulefree' else {**extra, 'warmup':h.get('warmup_steps', 0)}
-    return getattr(R, get_optimizer(name).func.__name__)(p.detach().numpy(), h['beta'], lam=lam, r=h.get('r', 0.), rho=h.get('weight_lr_power', 2.), **extra)
+    return getattr(R, get_optimizer(name).func.__name__)(p.detach().numpy(), h['beta'], lam=lam, r=h.get('r', 0.),
+                                                         rho=h.get('weight_lr_power', 2.), **extra)
 
-@pytest.mark.parametrize('name,h,mode', [slow(*c, m, id=f'{c[0][:-13]}-{i}-{m}', when=m=='triton' and i%2==0) for i,c in enumerate(CASES) for m in ALL_MODES])
+@pytest.mark.parametrize('name,h,mode', [slow(*c, m, id=f'{c[0][:-13]}-{i}-{m}', when=m=='triton' and i%2==0) for i,
+                                         c in enumerate(CASES) for m in ALL_MODES])
 def test_against_schedulefree_and_the_paper(name, h, mode):
     "float64, 100 steps, two groups with a rate each, one tensor without decay, weights of both kinds compared at 13 switches"
     a = small(); b = copy_params(a)
@@ -80,7 +86,8 @@ def test_against_schedulefree_and_the_paper(name, h, mode):
 
 @every
 def test_each_parameter_counts_its_own_steps(name):
-    "A deviation: the package counts (warmup, weights of the average) by group. A tensor whose gradients come late is as in a group of its own that starts late"
+    """A deviation: the package counts (warmup, weights of the average) by group. A tensor whose gradients come late is as in a group of its
+    own that starts late"""
     kw = dict(beta=.9, warmup_steps=20, r=1.) if name!='radam_schedulefree' else dict(beta=.9, r=1.)
     ext = {} if name=='sgd_schedulefree' else dict(sqr_mom=.99)
     a = small(); b = copy_params(a); c = copy_params(a)
@@ -125,7 +132,8 @@ def test_lr_zero_and_changing_beta_ranges():
             assert all(p.isfinite().all() for p in ps) and not torch.equal(ps[1], before[1])
 
 # ---------------------------------------------------------------- train() and eval()
-@pytest.mark.parametrize('dtype,mode,name', [slow(t, m, n, id=f'{t}-{m}-{n}', when=m=='triton' and (n,t)!=('adamw_schedulefree',torch.bfloat16))
+@pytest.mark.parametrize('dtype,mode,name', [slow(t, m, n, id=f'{t}-{m}-{n}',
+                                                  when=m=='triton' and (n,t)!=('adamw_schedulefree',torch.bfloat16))
                                              for t in (torch.float32,torch.bfloat16,torch.float16) for m in ALL_MODES for n in NAMES])
 def test_switching_changes_nothing(name, mode, dtype):
     "100 switches, and calls that don't switch: not one bit of weights and state, nor of the training after it"
@@ -281,14 +289,16 @@ def test_low_precision_follows_float64():
     def run(dtype, name, **kw):
         p = nn.Parameter(start.to(dtype, copy=True)); opt = FUNCS[name]([p], lr=1e-3, fused=True, **kw)
         for _ in range(500): p.grad = (p.detach().double()-target).to(dtype); opt.step()
-        x = opt._average(p, p.detach(), opt.state[p], .9).double() if dtype is torch.float64 else torch.lerp(opt._whole(p, p.detach().float(), opt.state[p]).double(), opt.state[p]['z'].double(), 1-1/.9)
+        x = opt._average(p, p.detach(), opt.state[p], .9).double() if dtype is torch.float64 else torch.lerp(opt._whole(p,
+            p.detach().float(), opt.state[p]).double(), opt.state[p]['z'].double(), 1-1/.9)
         opt.eval(); assert_same(p.detach().double(), x, rtol=2**-8, atol=1e-3) # rounded to the parameter's dtype
         return x
     for name,kw in (('sgd_schedulefree',{}), ('adamw_schedulefree',dict(sqr_mom=.99))):
         ref = run(torch.float64, name, **kw)
         for dtype in (torch.bfloat16,torch.float16):
             x = run(dtype, name, **kw)
-            assert (x-ref).abs().mean() < .005*(ref-start).abs().mean(), (name, dtype, ((x-ref).abs().mean()/(ref-start).abs().mean()).item())
+            assert (x-ref).abs().mean() < .005*(ref-start).abs().mean(), (name, dtype,
+                                                                          ((x-ref).abs().mean()/(ref-start).abs().mean()).item())
 
 @every
 def test_errors(name):
@@ -300,7 +310,8 @@ def test_errors(name):
     with pytest.raises(TypeError, match='schedule-free already'): ScheduleFree(make(name, small()))
 
 def test_errors_of_the_wrapper():
-    for opt in (Ranger(small(), lr=.1), fo.SGD(small(), lr=.1), torch.optim.SGD(small(), lr=.1), fo.OptimWrapper(small(), torch.optim.SGD, lr=.1), ScheduleFree(SGD(small(), lr=.1))):
+    for opt in (Ranger(small(), lr=.1), fo.SGD(small(), lr=.1), torch.optim.SGD(small(), lr=.1),
+                fo.OptimWrapper(small(), torch.optim.SGD, lr=.1), ScheduleFree(SGD(small(), lr=.1))):
         with pytest.raises(TypeError, match="ScheduleFree takes|schedule_free can't go round"): ScheduleFree(opt)
     with pytest.raises(ValueError, match='stepped'): ScheduleFree(go(SGD(small(), lr=.1), range(1)))
     for kw in (dict(warmup_steps=-1), dict(warmup_steps=1.5), dict(weight_lr_power=-1.), dict(r=float('nan')), dict(beta=[.9,.9,.9])):
@@ -309,14 +320,18 @@ def test_errors_of_the_wrapper():
 # ---------------------------------------------------------------- round any optimizer
 def taken(row):
     try: ScheduleFree(row.func(small(), lr=.01)); return True
-    except TypeError as e: assert "schedule_free can't go round" in str(e); return False # with the reason, which tests/test_composition.py looks at
+    except TypeError as e:
+        # with the reason, which tests/test_composition.py looks at
+        assert "schedule_free can't go round" in str(e); return False
 BASES = [r.name for r in list_optimizers() if taken(r)]
 def runs(name, mode): return ('fused' if mode=='triton' else mode) in get_optimizer(name).modes
 
 def base(name, ps, mode='native', lr=.01, **kw):
-    with backend_of(mode): return ScheduleFree(get_optimizer(name).func(ps, lr=lr, **{k:v for k,v in dict(mom=.9).items() if k in get_optimizer(name).hypers}, **flags(mode)), **kw)
+    with backend_of(mode): return ScheduleFree(get_optimizer(name).func(ps, lr=lr,
+        **{k:v for k,v in dict(mom=.9).items() if k in get_optimizer(name).hypers}, **flags(mode)), **kw)
 
-@pytest.mark.parametrize('name,mode', [slow(n, m, when=n not in (INTERPRETED if m=='triton' else CORE)) for n in BASES for m in MODES if runs(n, m)])
+@pytest.mark.parametrize('name,mode', [slow(n, m, when=n not in (INTERPRETED if m=='triton' else CORE)) for n in BASES
+                                       for m in MODES if runs(n, m)])
 def test_round_any_optimizer(name, mode):
     "As in native mode, with a late gradient, groups, warmup; weights of both kinds"
     def run(mode):
@@ -338,7 +353,8 @@ def test_round_sgd_and_adam_is_the_algorithm(mode):
         a = small(); b = copy_params(a)
         with backend_of(mode): opt = ScheduleFree(f(two_groups(a), lr=LR[name], **kw, **flags(mode)), **h)
         ref = make(name, two_groups(b), **{k:v for k,v in kw.items() if k!='mom'}, **h)
-        for i in range(5): go(opt, range(5*i, 5*i+5)), go(ref, range(5*i, 5*i+5)); assert_same(values(a), values(b), rtol=1e-9, atol=1e-11); opt.eval(); ref.eval(); assert_same(values(a), values(b), rtol=1e-9, atol=1e-11); opt.train(); ref.train()
+        for i in range(5): go(opt, range(5*i, 5*i+5)), go(ref, range(5*i, 5*i+5)); assert_same(values(a), values(b), rtol=1e-9,
+            atol=1e-11); opt.eval(); ref.eval(); assert_same(values(a), values(b), rtol=1e-9, atol=1e-11); opt.train(); ref.train()
 
 @pytest.mark.parametrize('name,mode', [(n,m) for n in BASES for m in ALL_MODES if runs(n, m)])
 @pytest.mark.engine
@@ -414,7 +430,8 @@ def free(tmp_path=None, mode='fused', name='adamw_schedulefree', dtype=torch.flo
 @pytest.mark.parametrize('mode', ['native','fused'])
 @every
 def test_fit_is_a_loop_with_the_package(name, mode, tmp_path):
-    "Learner.fit, nothing called: the losses of each training batch and each validation, and the weights, of a plain PyTorch loop that calls train() and eval()"
+    """Learner.fit, nothing called: the losses of each training batch and each validation, and the weights, of a plain PyTorch loop that
+    calls train() and eval()"""
     kw = {'lr':.5 if name[0]=='s' else .01}
     learn = free(tmp_path, mode, name, torch.float64, **kw)
     learn.fit(2)
@@ -484,7 +501,8 @@ def test_fetch_preds(tmp_path):
 def test_save_model_callback(tmp_path):
     "The best epoch's file has x, and at the end of the fit it is loaded"
     learn = free(tmp_path)
-    learn.fit(3, cbs=[SaveModelCallback(every_epoch=True, with_opt=True), SaveModelCallback(fname='best', comp=np.greater, monitor='accuracy')])
+    learn.fit(3, cbs=[SaveModelCallback(every_epoch=True, with_opt=True),
+                      SaveModelCallback(fname='best', comp=np.greater, monitor='accuracy')])
     xs = [torch.load(tmp_path/f'models/model_{i}.pth', weights_only=True) for i in range(3)]
     for s in xs: assert all('y' in o for o in s['opt']['state'])
     i = int(np.argmax([v[2] for v in learn.recorder.values]))
@@ -571,9 +589,11 @@ def test_export_of_a_vision_learner_predicts(tmp_path):
     from fastxtend_opt.tools.demo import _digits,digits_model
     from fastai.losses import CrossEntropyLossFlat
     x,y = _digits(); items = list(range(120))
-    block = DataBlock(blocks=(ImageBlock(PILImageBW), CategoryBlock(vocab=list(range(10)))), get_x=_image, get_y=_label, splitter=RandomSplitter(seed=1), batch_tfms=[Flip()])
+    block = DataBlock(blocks=(ImageBlock(PILImageBW), CategoryBlock(vocab=list(range(10)))), get_x=_image, get_y=_label,
+                      splitter=RandomSplitter(seed=1), batch_tfms=[Flip()])
     data = block.dataloaders(items, bs=16, num_workers=0, path=tmp_path, device='cpu')
-    learn = Learner(data, digits_model(4, 1), CrossEntropyLossFlat(), opt_func=get_optimizer('adamw_schedulefree').factory(), lr=.01, path=tmp_path)
+    learn = Learner(data, digits_model(4, 1), CrossEntropyLossFlat(), opt_func=get_optimizer('adamw_schedulefree').factory(), lr=.01,
+                    path=tmp_path)
     with learn.no_bar(), learn.no_logging():
         learn.fit(1)
         assert at_x(learn)
@@ -600,11 +620,13 @@ def test_freeze_and_unfreeze(tmp_path, mode):
     "Which forget the state: training goes on from x, outside of a fit and within"
     learn = free(tmp_path, mode); learn.fit(1); w = weights(learn)
     learn.freeze(); assert_bitwise(weights(learn), w)
-    learn.fit(1); stem = {k for k in w if k.startswith(('0.','1.')) and 'running' not in k and 'batches' not in k and k.endswith('0.weight')}
+    learn.fit(1); stem = {k for k in w if k.startswith(('0.','1.')) and 'running' not in k and 'batches' not in k
+                          and k.endswith('0.weight')}
     assert stem and all(torch.equal(learn.model.state_dict()[k], w[k]) for k in stem)
     w = weights(learn); learn.unfreeze(); assert_bitwise(weights(learn), w); learn.fit(1)
     held = {}
-    def freeze(l): held['x'] = avg(l.opt); l.freeze(); held['got'] = [p.detach().double() for pg in l.opt.param_lists for p in pg]; assert not l.opt._averaged
+    def freeze(l): held['x'] = avg(l.opt); l.freeze(); held['got'] = [p.detach().double() for pg in l.opt.param_lists
+                                                                      for p in pg]; assert not l.opt._averaged
     learn = free(tmp_path, mode)
     learn.fit(2, cbs=[At(5, freeze), At(15, lambda l: l.unfreeze())])
     assert_same(held['got'], held['x'], rtol=1e-4, atol=1e-5)
@@ -692,7 +714,8 @@ def stats(m): return [(b.running_mean.clone(),b.running_var.clone()) for b in bn
 def direct(learn, n):
     "The mean over `n` batches of each BatchNorm's batch mean and unbiased variance, at the model's weights"
     m = copy.deepcopy(learn.model).eval(); sums = {b:[] for b in bns(m)}
-    for b in bns(m): b.train(); b.register_forward_pre_hook(lambda b, x: sums[b].append((x[0].float().mean((0,2,3)), x[0].float().transpose(0,1).flatten(1).var(1))))
+    for b in bns(m): b.train(); b.register_forward_pre_hook(lambda b, x: sums[b].append((x[0].float().mean((0,2,3)),
+                                                                                         x[0].float().transpose(0,1).flatten(1).var(1))))
     learn.dls.train.rng = random.Random(3)
     dt = next(m.parameters()).dtype
     with torch.no_grad():
@@ -715,7 +738,8 @@ def test_recalibrate_bn(tmp_path, low, n):
     recalibrate_bn(learn, n)
     assert_same(stats(learn.model), want, rtol=1e-4, atol=1e-5)
     assert (old[-1][0]-want[-1][0]).abs().max() > 1e-3
-    assert [m.training for m in learn.model.modules()]==modes and [b.momentum for b in bns(learn.model)]==[.1+.01*i for i in range(len(bns(learn.model)))]
+    assert ([m.training for m in learn.model.modules()]==modes
+            and [b.momentum for b in bns(learn.model)]==[.1+.01*i for i in range(len(bns(learn.model)))])
     assert_bitwise(values(learn.model.parameters()), ws)
 
 def test_recalibrate_before_each_validation(tmp_path):
@@ -725,7 +749,8 @@ def test_recalibrate_before_each_validation(tmp_path):
     class Hold(Callback):
         order = 80
         def before_validate(self):
-            if not self.learn.lock.locked(): held.append(stats(self.learn.model)); assert not self.learn.model.training and self.learn.opt._averaged
+            if not self.learn.lock.locked():
+                held.append(stats(self.learn.model)); assert not self.learn.model.training and self.learn.opt._averaged
     learn.fit(2, cbs=Hold())
     assert [type(c).__name__ for c in learn.cbs].count('ScheduleFreeMode')==1 and len(held)==2
     assert_bitwise(stats(learn.model), held[-1])

@@ -1,4 +1,5 @@
-"SOAP and Shampoo: what the general tests do not see. Their matrices, shapes of full rank beside another library, failures, checkpoints, gradient release, which parameters have no matrices."
+"""SOAP and Shampoo: what the general tests do not see. Their matrices, shapes of full rank beside another library, failures, checkpoints,
+gradient release, which parameters have no matrices."""
 import contextlib,io,warnings
 
 import numpy as np,pytest,torch
@@ -72,7 +73,8 @@ def test_shampoo_beside_pytorch_optimizer(kw):
     b,_ = run(lambda ps: po.Shampoo(ps, .01, matrix_eps=1e-4, weight_decay=kw.get('wd', 0.), weight_decouple=kw.get('decouple_wd', False)))
     assert_same(values(a), values(b), rtol=1e-9, atol=1e-11)
 
-@pytest.mark.parametrize('kw,tol', [(dict(precondition_frequency=100), 1e-9), (dict(precondition_frequency=3), 1e-6), (dict(precondition_frequency=2, max_precond_dim=4, merge_dims=True), 1e-6)])
+@pytest.mark.parametrize('kw,tol', [(dict(precondition_frequency=100), 1e-9), (dict(precondition_frequency=3), 1e-6),
+                                    (dict(precondition_frequency=2, max_precond_dim=4, merge_dims=True), 1e-6)])
 def test_soap_beside_pytorch_optimizer(kw, tol):
     "Square matrices of full rank, or what is cut off. Its QR decomposition is in float32"
     po,shapes = pytest.importorskip('pytorch_optimizer'),((4,4),(3,3,3),(2,2,2,3),(6,))
@@ -214,7 +216,8 @@ def test_a_decomposition_that_does_not_converge(monkeypatch):
 def test_aux(mode):
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 2)).double()
     with naming(model): opt = SOAP(model.parameters(), .01, aux='Embedding|2.*', precondition_frequency=2, **flags(mode))
-    assert [r['rule'] for r in opt.rules.rows]==['Adam: Embedding|2.*','SOAP, 2 bases','Adam'] and [r['tensors'] for r in opt.rules.rows]==[3,1,1]
+    assert ([r['rule'] for r in opt.rules.rows]==['Adam: Embedding|2.*','SOAP, 2 bases','Adam']
+            and [r['tensors'] for r in opt.rules.rows]==[3,1,1])
     ps = list(model.parameters())
     twins = [nn.Parameter(p.detach().clone()) for p in ps]
     twin = SOAP([dict(params=[twins[0],*twins[3:]], max_precond_dim=0), dict(params=twins[1:3])], .01, precondition_frequency=2)
@@ -223,7 +226,8 @@ def test_aux(mode):
         opt.step(); twin.step()
         if i==2: opt.clear_state(); twin.clear_state()
     assert_same(values(ps), values(twins), rtol=1e-10, atol=1e-12)
-    assert [o.get('precondition', True) for o in map(opt.state.__getitem__, ps)]==[False,True,True,False,False] and 'basis_0' not in opt.state[ps[0]]
+    assert ([o.get('precondition', True) for o in map(opt.state.__getitem__, ps)]==[False,True,True,False,False]
+            and 'basis_0' not in opt.state[ps[0]])
     with pytest.raises(TypeError, match='pattern 3 is a int'): SOAP(ps, .01, aux=3)
     with pytest.raises(TypeError, match='pattern 3 is a int'): Shampoo(ps, .01, aux=3)
 
@@ -272,7 +276,8 @@ def test_opaque_in_place(mode):
         for j,p in enumerate(ps): p.grad = torch.full((2,), float(j))
         opt.step()
         if i==0: kept = [opt.state[p]['total'] for p in ps]
-    assert [opt.state[p]['total'].tolist() for p in ps]==[[6.*j]*4 for j in range(5)] and all(opt.state[p]['total'] is o for p,o in zip(ps, kept))
+    assert ([opt.state[p]['total'].tolist() for p in ps]==[[6.*j]*4 for j in range(5)]
+            and all(opt.state[p]['total'] is o for p,o in zip(ps, kept)))
     @opaque(inplace=True)
     def wrong(g, other): other.add_(1.); return g*2
     with pytest.raises(ValueError, match='writes into a tensor'): wrong(torch.ones(2), torch.ones(2))

@@ -110,9 +110,13 @@ def test_language_models_have_a_label_a_token():
     assert spy.bs==8*3 and all(h.sum()>0 for h in hessians(learn.opt))
 
 @pytest.mark.parametrize('loss,shape,target,n', [
-    (nn.CrossEntropyLoss(), (4,3,5), torch.zeros(4, 5, dtype=torch.long), 20), (CrossEntropyLossFlat(axis=1), (4,3,5), torch.zeros(4, 5, dtype=torch.long), 20),
-    (CrossEntropyLossFlat(ignore_index=0), (4,3), torch.tensor([0,1,0,2]), 2), (LabelSmoothingCrossEntropyFlat(), (4,3), torch.zeros(4, dtype=torch.long), 4), (F.cross_entropy, (4,3), torch.zeros(4, dtype=torch.long), 4),
-    (partial(F.cross_entropy, ignore_index=1), (4,3), torch.tensor([1,1,1,0]), 1), (BCEWithLogitsLossFlat(), (4,3), torch.zeros(4, 3), 12), (nn.BCEWithLogitsLoss(), (4,), torch.zeros(4), 4)], ids=lambda o: re.sub(r' at 0x\w+', '', str(o))[:40])
+    (nn.CrossEntropyLoss(), (4,3,5), torch.zeros(4, 5, dtype=torch.long), 20),
+    (CrossEntropyLossFlat(axis=1), (4,3,5), torch.zeros(4, 5, dtype=torch.long), 20),
+    (CrossEntropyLossFlat(ignore_index=0), (4,3), torch.tensor([0,1,0,2]), 2),
+    (LabelSmoothingCrossEntropyFlat(), (4,3), torch.zeros(4, dtype=torch.long), 4),
+    (F.cross_entropy, (4,3), torch.zeros(4, dtype=torch.long), 4),
+    (partial(F.cross_entropy, ignore_index=1), (4,3), torch.tensor([1,1,1,0]), 1), (BCEWithLogitsLossFlat(), (4,3), torch.zeros(4, 3), 12),
+    (nn.BCEWithLogitsLoss(), (4,), torch.zeros(4), 4)], ids=lambda o: re.sub(r' at 0x\w+', '', str(o))[:40])
 def test_losses_that_are_known(loss, shape, target, n):
     pred = torch.randn(shape, requires_grad=True)
     l,k = S._sampler(loss)(pred, target)
@@ -133,7 +137,8 @@ def test_a_drawn_label_that_is_the_ignored_one_counts():
 def test_losses_that_are_not(loss):
     "And how to give a sampler, or do without"
     learn = learner(sophia(), loss_func=loss)
-    with pytest.raises(ValueError, match=r'it is not known how.*SophiaEstimate\(sampler=f\).*learn.create_opt\(\); learn.remove_cb\(SophiaEstimate\)'): fit(learn)
+    with pytest.raises(ValueError, match=r'it is not known how.*SophiaEstimate\(sampler=f\).*learn.create_opt\(\); '
+                                         r'learn.remove_cb\(SophiaEstimate\)'): fit(learn)
     learn = learner(sophia(), loss_func=lambda p,y: F.cross_entropy(p, y))
     learn.create_opt(); learn.remove_cb(SophiaEstimate)
     fit(learn)
@@ -187,7 +192,8 @@ def test_lr_find_and_one_cycle(tmp_path):
 
 class CPUMixed(MixedPrecision):
     def __init__(self, scale=2.**10): super().__init__('fp16'); self.scale = scale
-    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', dtype=torch.bfloat16),GradScaler('cpu', init_scale=self.scale, growth_interval=1000),L()
+    def before_fit(self): self.autocast,self.learn.scaler,self.scales = autocast('cpu', dtype=torch.bfloat16),GradScaler('cpu',
+        init_scale=self.scale, growth_interval=1000),L()
     name = 'mixed_precision'
 
 def test_mixed_precision():

@@ -117,7 +117,8 @@ def test_frozen_and_unused_parameters():
     opt.correct()
     assert torch.equal(b.grad, torch.zeros(2)) and c.grad is None
 
-@pytest.mark.parametrize('make', [lambda p: Adam([p], .05), lambda p: Lookahead(Adam([p], .05, fused=True), k=3), lambda p: fo.Adam([p], .05)], ids=['adam','lookahead','fastai'])
+@pytest.mark.parametrize('make', [lambda p: Adam([p], .05), lambda p: Lookahead(Adam([p], .05, fused=True), k=3),
+                                  lambda p: fo.Adam([p], .05)], ids=['adam','lookahead','fastai'])
 def test_resume_is_bit_exact(make):
     "In the middle of an epoch"
     def go(opt, p, part, e=0):
@@ -209,7 +210,8 @@ def by_hand(n, lr, coefs, clip=None, acc=None):
         for _ in learn.dls.valid: pass
     return [t.detach().clone() for t in (*m.parameters(), *m.buffers())],losses
 
-@pytest.mark.parametrize('kw,cbs,coef', [({}, (), 1.), ({}, (), (.75,0.)), (dict(acc=64, clip=.2), (GradientAccumulation(64),GradientClip(.2)), (.75,0.))], ids=['one','falling','accumulated and clipped'])
+@pytest.mark.parametrize('kw,cbs,coef', [({}, (), 1.), ({}, (), (.75,0.)),
+    (dict(acc=64, clip=.2), (GradientAccumulation(64),GradientClip(.2)), (.75,0.))], ids=['one','falling','accumulated and clipped'])
 def test_learner_is_the_loop_by_hand(kw, cbs, coef):
     "Snapshots, dropout of both passes, statistics, schedule, accumulation, clipping of the corrected gradient"
     seen = Seen()
@@ -249,7 +251,8 @@ def test_save_load_lr_find(tmp_path):
     learn = fit(learner(svrg(adam()), path=tmp_path), 1, .01)
     before,state = all_of(learn),detach_copy({k:v for k,v in learn.opt.state_dict().items() if k!='hypers'})
     with learn.no_bar(): learn.lr_find(num_it=6, show_plot=False, stop_div=False)
-    assert_bitwise(all_of(learn), before); assert_bitwise(detach_copy({k:v for k,v in learn.opt.state_dict().items() if k!='hypers'}), state)
+    assert_bitwise(all_of(learn), before); assert_bitwise(detach_copy({k:v for k,v in learn.opt.state_dict().items() if k!='hypers'}),
+                                                          state)
     learn.save('a'); rng = torch.get_rng_state()
     def go(l): torch.set_rng_state(rng); l.dls.train.rng.seed(3); return all_of(fit(l, 1, .01))
     ref = go(learn)
@@ -295,6 +298,7 @@ def test_bfloat16_mixed_precision():
     learn = fit(learner(svrg(sgd(mom=.9)), [CPUMixed()]), 3)
     assert not torch.is_autocast_enabled('cpu') and learn.recorder.losses[-1] < learn.recorder.losses[0]
 
-@pytest.mark.parametrize('cb,words', [(MixedPrecision(), 'float16'), (MixUp(), "MixUp: the mean gradient"), (GradientRelease(), "can't work with GradientRelease|gradient release: SAM")], ids=['fp16','mixup','release'])
+@pytest.mark.parametrize('cb,words', [(MixedPrecision(), 'float16'), (MixUp(), "MixUp: the mean gradient"),
+    (GradientRelease(), "can't work with GradientRelease|gradient release: SAM")], ids=['fp16','mixup','release'])
 def test_learner_refuses(cb, words):
     with pytest.raises(ValueError, match=words): fit(learner(svrg(sgd()), [cb]))

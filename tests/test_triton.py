@@ -1,6 +1,6 @@
-"""The fused mode on a GPU, as far as it can be held without one. The matrix runs every optimizer through Triton's interpreter (mode 'triton'); here are
-the backend's choice and its refusals, torch's AMP, the bookkeeping of a launch, and that the text of every kernel compiles for a real GPU, with vector loads.
-"""
+"""The fused mode on a GPU, as far as it can be held without one. The matrix runs every optimizer through Triton's interpreter (mode
+'triton'); here are the backend's choice and its refusals, torch's AMP, the bookkeeping of a launch, and that the text of every kernel
+compiles for a real GPU, with vector loads."""
 import contextlib,json,os,subprocess,sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np,pytest,torch
 from fastai.optimizer import Optimizer,sgd_step,weight_decay
 from torch import nn
-import fastxtend_opt.all as eo
+from fastxtend_opt.optimizer.fused import fused_backend
 from fastxtend_opt.engine import triton as et,triton_launch
 from fastxtend_opt.engine.cohort import make_cohorts
 from fastxtend_opt.engine.addresses import AddressTable
@@ -44,13 +44,13 @@ def test_backend_follows_the_environment(monkeypatch):
 
 def test_backends_that_do_not_fit(monkeypatch):
     cpu,cuda = torch.device('cpu'),torch.device('cuda')
-    assert eo.fused_backend(cpu)=='cpp' and eo.fused_backend(cpu, 'triton')=='triton'
-    with pytest.raises(UnsupportedError, match='cuda.*C[+][+] kernels.*foreach=True'): eo.fused_backend(cuda, 'cpp')
-    with pytest.raises(UnsupportedError, match='TRITON_INTERPRET=1 is set.*on cuda.*foreach=True'): eo.fused_backend(cuda)
-    with pytest.raises(UnsupportedError, match='mps.*foreach=True'): eo.fused_backend(torch.device('mps'))
+    assert fused_backend(cpu)=='cpp' and fused_backend(cpu, 'triton')=='triton'
+    with pytest.raises(UnsupportedError, match='cuda.*C[+][+] kernels.*foreach=True'): fused_backend(cuda, 'cpp')
+    with pytest.raises(UnsupportedError, match='TRITON_INTERPRET=1 is set.*on cuda.*foreach=True'): fused_backend(cuda)
+    with pytest.raises(UnsupportedError, match='mps.*foreach=True'): fused_backend(torch.device('mps'))
     monkeypatch.setattr(optimizer_fused, 'triton_interpreted', lambda: False)
-    assert eo.fused_backend(cuda)=='triton' and eo.fused_backend(torch.device('xpu'))=='triton'
-    with pytest.raises(UnsupportedError, match='needs TRITON_INTERPRET=1'): eo.fused_backend(cpu, 'triton')
+    assert fused_backend(cuda)=='triton' and fused_backend(torch.device('xpu'))=='triton'
+    with pytest.raises(UnsupportedError, match='needs TRITON_INTERPRET=1'): fused_backend(cpu, 'triton')
 
 @pytest.mark.parametrize('name', ['adam','lamb'])
 def test_without_triton(name, monkeypatch):
@@ -68,7 +68,8 @@ def test_without_triton(name, monkeypatch):
 def test_interpreter_has_to_be_chosen_first(monkeypatch):
     monkeypatch.setenv('TRITON_INTERPRET', '0')
     with pytest.raises(RuntimeError, match='was taken away after Triton had been imported'): et.triton_interpreted()
-    code = "import os,triton.language; os.environ['TRITON_INTERPRET'] = '1'; from fastxtend_opt.engine.triton import *; triton_interpreted()"
+    code = ("import os,triton.language; "
+            "os.environ['TRITON_INTERPRET'] = '1'; from fastxtend_opt.engine.triton import *; triton_interpreted()")
     env = dict({k:v for k,v in os.environ.items() if k != 'TRITON_INTERPRET'}, PYTHONPATH=str(Path(__file__).parent.parent))
     res = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert res.returncode and 'RuntimeError: TRITON_INTERPRET was set after Triton had been imported' in res.stderr
@@ -88,7 +89,7 @@ def test_capture_is_refused(monkeypatch):
 def test_a_row_without_triton_text_changes_nothing(monkeypatch):
     def s(p, lr, **kwargs): p.data.sub_(p.grad.data.sin()*lr)
     params = two()
-    with backend_of('triton'): opt = eo.FusedOptimizer(params, [weight_decay, s], lr=.1, wd=.1)
+    with backend_of('triton'): opt = FusedOptimizer(params, [weight_decay, s], lr=.1, wd=.1)
     GradStream().set(params, 0)
     monkeypatch.setitem(OPS, 'sin', replace(OPS['sin'], triton=''))
     monkeypatch.setattr(et, '_kernels', {})
@@ -110,7 +111,7 @@ def test_checkpoint_goes_between_the_backends():
 def table(sizes, dtype=torch.float32):
     ps = [nn.Parameter(torch.ones(n, dtype=dtype)) for n in sizes]
     for p in ps: p.grad = torch.full_like(p, 2.)
-    opt = eo.FusedOptimizer(ps, [sgd_step], lr=.5)
+    opt = FusedOptimizer(ps, [sgd_step], lr=.5)
     c, = make_cohorts(opt)
     return c,trace_steppers([sgd_step], c.slots, {}, dict(lr=.5))[0]
 
@@ -159,7 +160,8 @@ def test_a_schedule_makes_no_new_kernel(monkeypatch):
         opt.step()
     assert len(et._kernels)==n
 
-@pytest.mark.parametrize('kw', [dict(dtype=torch.bfloat16, state_dtype=torch.float32, kahan_sum=False), {}], ids=['bf16','f32']) # the generator of stochastic rounding wraps around, as it has to
+# the generator of stochastic rounding wraps around, as it has to
+@pytest.mark.parametrize('kw', [dict(dtype=torch.bfloat16, state_dtype=torch.float32, kahan_sum=False), {}], ids=['bf16','f32'])
 def test_integers_do_not_overflow(kw, monkeypatch):
     "conftest.py switches the interpreter's search for this off, which takes a third of its time and without `debug` says nothing"
     from triton.runtime import interpreter as ti
@@ -209,7 +211,8 @@ def test_one_launch_a_phase():
         GradStream().set(ps, 0); opt.step()
         launch = TritonLaunch.__call__
         with pytest.MonkeyPatch.context() as m:
-            m.setattr(TritonLaunch, '__call__', lambda self, k, *a: launch(self, k._replace(stages=[(s,Counted(f)) for s,f in k.stages]), *a))
+            m.setattr(TritonLaunch, '__call__', lambda self, k, *a: launch(self, k._replace(stages=[(s,Counted(f)) for s,f in k.stages]),
+                                                                           *a))
             opt.step()
         tapes = len(opt._plan.launches)
         assert len(calls)==n*tapes and tapes<=2, (name, calls) # with decay and without
@@ -221,7 +224,7 @@ def amp_run(name, mode, amp_scaling, overflows=(), n=8, unscale=(), dtype=torch.
     params = make_params([(5,),(4,4),(33,)], dtype=dtype, big=False)
     if isinstance(name, str): opt = make(name, two_groups(params), mode, wd=.1)
     else:
-        with backend_of(mode): opt = (eo.FusedOptimizer if mode=='triton' else Optimizer)(two_groups(params), [name], lr=.01)
+        with backend_of(mode): opt = (FusedOptimizer if mode=='triton' else Optimizer)(two_groups(params), [name], lr=.01)
     if mode=='triton' and amp_scaling: opt.amp_scaling = True
     scaler,stream = torch.amp.GradScaler('cpu', init_scale=2.**10, growth_interval=3),GradStream(1)
     for i in range(n):
@@ -263,7 +266,7 @@ def test_grad_scaler_after_a_step_that_raised():
     def s(p, lr, **kwargs):
         if broken[0]: raise KeyError('once')
         p.data.sub_(p.grad.data*lr)
-    with backend_of('triton'): opt = eo.FusedOptimizer([p], [s], lr=.1)
+    with backend_of('triton'): opt = FusedOptimizer([p], [s], lr=.1)
     opt.amp_scaling,scaler = True,torch.amp.GradScaler('cpu', init_scale=1024.)
     p.grad = torch.full((3,), 1024.)
     scaler.scale(torch.ones(()))
@@ -321,7 +324,8 @@ def test_overflow_is_settled_before_anyone_looks():
     "state, state_dict, a copy and a pickle all show what is true, whichever comes first"
     import copy,pickle
     looks = [lambda o: o.state[o.param_lists[0][0]].get('step', 0), lambda o: o.state_dict()['state'][0].get('step', 0),
-             lambda o: copy.deepcopy(o).state_dict()['state'][0].get('step', 0), lambda o: pickle.loads(pickle.dumps(o)).state_dict()['state'][0].get('step', 0)]
+             lambda o: copy.deepcopy(o).state_dict()['state'][0].get('step', 0),
+             lambda o: pickle.loads(pickle.dumps(o)).state_dict()['state'][0].get('step', 0)]
     for look in looks:
         for overflows,want in (((0,1),0), ((1,),1), ((),2)): assert look(amp_run('adam', 'triton', True, overflows, n=2)[1])==want
     opt = amp_run('adam', 'triton', True, (1,), n=2)[1]
@@ -343,31 +347,40 @@ for name,tape in gpu_tapes.tapes(sys.argv[2]):
     fp = 'fp64' if kernel.compute is torch.float64 else 'fp32'
     for kind,f in kernel.stages:
         for scaled in ((False,True) if name.startswith('adam') else (False,)):
-            sig = {n: 'constexpr' if n.isupper() else '*i64' if n in ('chunks','tensors','addresses') else f'*{fp}' if n in ('numbers','values','partial') else '*fp32' if scaled else 'constexpr' for n in f.arg_names}
-            const = dict(BLOCK=1024, SCALED=scaled, **({} if scaled else dict(grad_scale=None, found_inf=None)), **({'ALIGNED':True} if kind=='pass' else {}))
+            known = dict.fromkeys(('chunks','tensors','addresses'), '*i64') | dict.fromkeys(('numbers','values','partial'), f'*{fp}')
+            sig = {n: 'constexpr' if n.isupper() else known.get(n, '*fp32' if scaled else 'constexpr') for n in f.arg_names}
+            const = dict(BLOCK=1024, SCALED=scaled)
+            if not scaled: const |= dict(grad_scale=None, found_inf=None)
+            if kind=='pass': const['ALIGNED'] = True
             attrs = {(i,): [['tt.divisibility', 16]] for i,n in enumerate(f.arg_names) if sig[n][0]=='*'}
             k = triton.compile(ASTSource(fn=f, signature=sig, constexprs=const, attrs=attrs), target=target, options=dict(num_warps=4))
             asm = k.asm.get('ptx', '')
-            res[f'{name}.{f.__name__}' + '.scaled'*scaled] = dict(vector=len(re.findall(r'ld\.global\.v[24]', asm)), stores=len(re.findall(r'st\.global\.v[24]', asm)), local=len(re.findall(r'(?:ld|st)\.local', asm)), binary=len(k.asm.get('cubin') or k.asm.get('hsaco')))
+            count = lambda s: len(re.findall(s, asm))
+            res[f'{name}.{f.__name__}' + '.scaled'*scaled] = dict(
+                vector=count(r'ld\.global\.v[24]'), stores=count(r'st\.global\.v[24]'), local=count(r'(?:ld|st)\.local'),
+                binary=len(k.asm.get('cubin') or k.asm.get('hsaco')))
 print(json.dumps(res))
 '''
 
 def compile_for(target, what, tmp_path):
     env = {k:v for k,v in os.environ.items() if k not in ('TRITON_INTERPRET', BACKEND)}
-    env |= dict(PYTHONPATH=f'{Path(__file__).parent}:{Path(__file__).parent.parent}', TRITON_CACHE_DIR=str(tmp_path/'triton'), FASTXTEND_OPT_CACHE=str(tmp_path/'own'), PYTHONWARNINGS='ignore')
+    env |= dict(PYTHONPATH=f'{Path(__file__).parent}:{Path(__file__).parent.parent}', TRITON_CACHE_DIR=str(tmp_path/'triton'),
+                FASTXTEND_OPT_CACHE=str(tmp_path/'own'), PYTHONWARNINGS='ignore')
     res = subprocess.run([sys.executable, '-c', _COMPILE, json.dumps(target), what], env=env, capture_output=True, text=True, timeout=550)
     assert res.returncode==0, res.stderr[-3000:]
     return json.loads(res.stdout.splitlines()[-1])
 
 @pytest.mark.parametrize('what', ['core', pytest.param('optimizers', marks=pytest.mark.slow)])
 def test_optimizers_compile_for_cuda(what, tmp_path):
-    "PTX and machine code for an H100, by Triton's own compiler: `CORE`, or every registered optimizer, float32 and bfloat16; whole blocks are loaded and stored as vectors"
+    """PTX and machine code for an H100, from Triton's own compiler: `CORE`, or every registered optimizer, float32 and bfloat16. Whole blocks
+    are loaded and stored as vectors."""
     res = compile_for(['cuda', 90, 32], what, tmp_path)
     assert {k.split('.')[0].split('-')[0] for k in res}==set(NAMES if what=='optimizers' else CORE)
     for k,v in res.items():
         name = k.split('.')[0].split('-')[0]
         assert v['binary'] and not v['local'], (k, v) # local memory in PTX; what ptxas spills shows only in the machine code
-        if '.pass' in k: assert v['vector'] >= (2 if v['stores'] else 1) and (v['stores'] or 'pass0' in k and (name=='ranger' or get_optimizer(name).kind=='reduction')), (k, v)
+        if '.pass' in k: assert v['vector'] >= (2 if v['stores'] else 1) and (v['stores'] or 'pass0' in k
+            and (name=='ranger' or get_optimizer(name).kind=='reduction')), (k, v)
 
 @pytest.mark.slow
 def test_rows_compile_for_cuda(tmp_path):
@@ -386,7 +399,8 @@ def test_gpu_bench_in_small(tmp_path):
     env = {k:v for k,v in os.environ.items() if k not in ('TRITON_INTERPRET', BACKEND)} | dict(PYTHONWARNINGS='ignore', MPLBACKEND='agg')
     script = Path(__file__).parent.parent/'bench'/'gpu.py'
     args = ['--interpret', '--optimizers', 'lamb', '--models', 'xresnet18', '--out', str(tmp_path)]
-    res = subprocess.run([sys.executable, str(script), *args, '--parts', 'first', 'models'], env=env, capture_output=True, text=True, timeout=300)
+    res = subprocess.run([sys.executable, str(script), *args, '--parts', 'first', 'models'], env=env, capture_output=True, text=True,
+                         timeout=300)
     assert res.returncode==0, res.stdout[-2000:]+res.stderr[-2000:]
     out = json.loads((tmp_path/'gpu.json').read_text())
     assert not out['not_run'] and len(out['first'])==1 and 'fastxtend_opt fused' in {r['contestant'] for r in out['rows']}
@@ -399,7 +413,8 @@ def test_gpu_bench_in_small(tmp_path):
 def test_gpu_bench_checks(tmp_path):
     "All its correctness checks, in the interpreter"
     script = Path(__file__).parent.parent/'bench'/'gpu.py'
-    res = subprocess.run([sys.executable, str(script), '--interpret', '--parts', 'correct', '--minutes', '20', '--out', str(tmp_path)], capture_output=True, text=True, timeout=1200)
+    res = subprocess.run([sys.executable, str(script), '--interpret', '--parts', 'correct', '--minutes', '20', '--out', str(tmp_path)],
+                         capture_output=True, text=True, timeout=1200)
     assert res.returncode==0, res.stdout[-2000:]+res.stderr[-2000:]
     out = json.loads((tmp_path/'gpu.json').read_text())
     assert len(out['correct'])>=40 and all(c['ok'] for c in out['correct']) and not out['not_run']

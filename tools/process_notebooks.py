@@ -1,17 +1,22 @@
 #!/usr/bin/env python
-"""Process the notebooks for the documentation: nbs/ -> _proc/, which is what Quarto, or tools/render_site.py, renders.
+"""Process the notebooks for the documentation: nbs/ -> _proc/, the input of Quarto and of tools/render_site.py.
 
-Like `nbdev-proc-nbs`, but never tries to install Quarto. Runs import cells, exported cells and `show_doc` cells;
-everything else keeps the output that was saved in the notebook."""
+Like `nbdev-proc-nbs`, but never tries to install Quarto. Runs import cells, exported cells and `show_doc` cells. All other cells keep the
+output that was saved in the notebook."""
 import argparse, os, sys
+from functools import partial
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 
+def show_all_docments():
+    "Let `show_doc` print the docments of `*args` and `**kwargs`. fastcore 2.2 omits them, and gives the last one to the return value"
+    from fastcore import docments
+    docments.docments = partial(docments.docments, args_kwargs=True)
+
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--force', action='store_true', help='process every notebook, also unchanged ones')
-    ap.add_argument('--n-workers', type=int, default=min(2, os.cpu_count() or 1), help='processes')
+    ap.add_argument('--force', action='store_true', help='process all notebooks, including unchanged ones')
     args = ap.parse_args(argv)
     os.chdir(root)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -19,10 +24,12 @@ def main(argv=None):
     sys.path.insert(0, str(root))
     from nbdev.serve import proc_nbs
     from nbdev.quarto import refresh_quarto_yml
+    show_all_docments()
     refresh_quarto_yml()
-    try: return proc_nbs(n_workers=args.n_workers, force=args.force)
+    # in this process: torch and fastai are imported once, which takes a third of the time of worker processes
+    try: return proc_nbs(n_workers=0, force=args.force)
     except Exception as e:
-        sys.exit(f'{e}\n\nThe documentation runs the cells that export, the cells with an import, and show_doc; no others. '
-            'A cell with an import that needs names from an ordinary cell fails here: give the import a cell of its own.')
+        sys.exit(f"{e}\n\nThe documentation runs only cells that export, cells with an import, and show_doc. A cell with an import that needs "
+                 "names from an ordinary cell fails here: move the import to a cell of its own.")
 
 if __name__=='__main__': print(f'processed notebooks are in {main()}')

@@ -161,6 +161,8 @@ def _document(md):
 def _sig_table(m):
     rows = []
     for l in m.group('params').splitlines():
+        marker = re.match(r'    (\*|/), (?=\S)', l) # show_doc puts a bare * or / on the line of the next parameter
+        if marker: rows.append((marker[1], '', '', '')); l = '    '+l[marker.end():]
         for part in ([l] if '# ' in l else ['    '+o.strip() for o in re.split(r',\s(?![^(\[{]*[)\]}])', l.strip())]):
             p = _param.match(part)
             if not p: return m.group(0),''

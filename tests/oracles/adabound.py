@@ -2,7 +2,8 @@
 from oracles import peer
 from reference.adabound import AdaBound
 
-REFERENCE = lambda t,h,lam: AdaBound(t, h['mom'], h['sqr_mom'], h['eps'], h['final_lr'], h['gamma'], h['amsbound'], h.get('base_lr'), lam, h['decouple_wd'])
+REFERENCE = lambda t,h,lam: AdaBound(t, h['mom'], h['sqr_mom'], h['eps'], h['final_lr'], h['gamma'], h['amsbound'], h.get('base_lr'), lam,
+                                     h['decouple_wd'])
 STATE = dict(grad_avg='m', sqr_avg='v', step='t')
 CASES = [dict(mom=.9, sqr_mom=.999, eps=1e-8, final_lr=.1, gamma=.001, amsbound=False), # the authors' defaults
          dict(mom=.9, sqr_mom=.99, eps=1e-8, final_lr=3e-3, gamma=.5, amsbound=False), # bounds that close in fast and bind on both sides
@@ -13,7 +14,8 @@ DEFAULTS = dict(mom=.9, sqr_mom=.999, eps=1e-8, final_lr=.1, gamma=.001, amsboun
 @peer(late=False)
 def po_adabound(h):
     import pytorch_optimizer
-    return lambda g: pytorch_optimizer.AdaBound(g, lr=h.get('base_lr', 0.), betas=(h['mom'],h['sqr_mom']), eps=h['eps'], final_lr=h['final_lr'], gamma=h['gamma'], ams_bound=h['amsbound'],
+    return lambda g: pytorch_optimizer.AdaBound(g, lr=h.get('base_lr', 0.), betas=(h['mom'],h['sqr_mom']), eps=h['eps'],
+                                                final_lr=h['final_lr'], gamma=h['gamma'], ams_bound=h['amsbound'],
                                                 weight_decouple=h['decouple_wd'], foreach=False)
 
 @peer(late=False, rtol=1e-10, atol=1e-9)

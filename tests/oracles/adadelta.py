@@ -15,4 +15,5 @@ def po_adadelta(h):
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
     return lambda g: pytorch_optimizer.AdaDelta(g, lr=1., rho=h['sqr_mom'], eps=h['eps'], weight_decouple=h['decouple_wd'], foreach=False)
 
-PEERS = [(f, h, ds) for f,ds in ((torch_adadelta, ('none','L2')), (po_adadelta, ('none','decoupled','L2'))) for h in CASES] # torch has no decoupled decay here
+# torch has no decoupled decay here
+PEERS = [(f, h, ds) for f,ds in ((torch_adadelta, ('none','L2')), (po_adadelta, ('none','decoupled','L2'))) for h in CASES]

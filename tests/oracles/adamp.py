@@ -10,7 +10,8 @@ CASES = [dict(BASE, delta=.1, wd_ratio=.1, nesterov=False),
          dict(BASE, delta=1.2, wd_ratio=.1, nesterov=True),   # rows, the whole and neither, by turns
          dict(mom=.5, sqr_mom=.9, eps=1e-3, delta=10., wd_ratio=.3, nesterov=False)] # rows always
 
-def _betas(h): return dict(lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], delta=h['delta'], wd_ratio=h['wd_ratio'], nesterov=h['nesterov'])
+def _betas(h): return dict(lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], delta=h['delta'], wd_ratio=h['wd_ratio'],
+                           nesterov=h['nesterov'])
 @peer()
 def clovaai_adamp(h):
     adamp = pytest.importorskip('adamp')

@@ -9,8 +9,10 @@ DEFAULTS = dict(mom=.9, sqr_mom=.999, eps=1e-8, wd=0., decouple_wd=False)
 
 @peer(late=False, rtol=1e-8, atol=2e-7)
 def po_diffgrad(h):
-    "It counts a group's steps, without gradients too, and adds 1e-15 to the average under the root: up to 1.1e-7 of difference, where a first gradient is near 0"
+    """It counts a group's steps, without gradients too, and adds 1e-15 to the average under the root: up to 1.1e-7 of difference, where a
+    first gradient is near 0"""
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
-    return lambda g: pytorch_optimizer.DiffGrad(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=h['decouple_wd'], foreach=False)
+    return lambda g: pytorch_optimizer.DiffGrad(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], weight_decouple=h['decouple_wd'],
+                                                foreach=False)
 
 PEERS = [(po_diffgrad, h, ('none','decoupled','L2')) for h in CASES]

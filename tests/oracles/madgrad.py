@@ -23,4 +23,5 @@ def po_madgrad(h):
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
     return lambda g: pytorch_optimizer.MADGRAD(g, lr=1., momentum=h['mom'], eps=h['eps'], weight_decouple=h['decouple_wd'], foreach=False)
 
-PEERS = [*[(authors_madgrad, h, ('none','decoupled','L2')) for h in CASES], *[(f, h, ('none','L2')) for f in (timm_madgrad,po_madgrad) for h in CASES[:3]]]
+PEERS = [*[(authors_madgrad, h, ('none','decoupled','L2')) for h in CASES],
+         *[(f, h, ('none','L2')) for f in (timm_madgrad,po_madgrad) for h in CASES[:3]]]

@@ -10,7 +10,8 @@ DEFAULTS = dict(mom=.9, integral=5., derivative=10., wd=0., decouple_wd=False)
 @peer(late=False)
 def po_pid(h):
     import pytorch_optimizer
-    return lambda g: pytorch_optimizer.PID(g, lr=1., momentum=h['mom'], integral=h['integral'], derivative=h['derivative'], weight_decouple=h['decouple_wd'], foreach=False)
+    return lambda g: pytorch_optimizer.PID(g, lr=1., momentum=h['mom'], integral=h['integral'], derivative=h['derivative'],
+                                           weight_decouple=h['decouple_wd'], foreach=False)
 
 PEERS = [(po_pid, c, ('none','decoupled','L2')) for c in CASES[:2]]
 DEVIATIONS = [(po_pid, CASES[2], .05)]

@@ -5,7 +5,8 @@ from . import peer
 
 def REFERENCE(t, h, lam): return QHM(t, h['mom'], h['nu'], lam, h['decouple_wd'])
 STATE = dict(grad_avg='g')
-CASES = [dict(mom=.999, nu=.7), dict(mom=.9, nu=.9), dict(mom=.5, nu=1.3), dict(mom=0., nu=.7)] # the second is Nesterov's momentum, the third beyond the mean
+# the second is Nesterov's momentum, the third beyond the mean
+CASES = [dict(mom=.999, nu=.7), dict(mom=.9, nu=.9), dict(mom=.5, nu=1.3), dict(mom=0., nu=.7)]
 DEFAULTS = dict(mom=.999, nu=.7, wd=0., decouple_wd=False)
 
 @peer()

@@ -2,14 +2,18 @@ import pytest,torch
 from oracles import peer
 from reference.shampoo import Shampoo
 
-def REFERENCE(theta, h, lam): return Shampoo(theta, h['mom'], h['eps'], h['precondition_frequency'], h['max_precond_dim'], lam, h['decouple_wd'])
+def REFERENCE(theta, h, lam): return Shampoo(theta, h['mom'], h['eps'], h['precondition_frequency'], h['max_precond_dim'], lam,
+                                             h['decouple_wd'])
 STATE = dict(step='t') # the matrices: tests/test_soap.py
 DEFAULTS = dict(mom=0., eps=1e-4, precondition_frequency=1, max_precond_dim=4096, aux=None, wd=0., decouple_wd=False)
-# A spike of 1e3 leaves 1e-8 of noise in all eigenvalues of a matrix: where there are fewer gradients than rows, that counts beside `eps`. So there it is large, or matrices are small
-CASES = [dict(mom=0., eps=1., precondition_frequency=1, max_precond_dim=4096), dict(mom=.5, eps=.1, precondition_frequency=4, max_precond_dim=4),
+# A spike of 1e3 leaves 1e-8 of noise in all eigenvalues of a matrix: where there are fewer gradients than rows, that counts beside `eps`.
+# So there it is large, or matrices are small
+CASES = [dict(mom=0., eps=1., precondition_frequency=1, max_precond_dim=4096),
+         dict(mom=.5, eps=.1, precondition_frequency=4, max_precond_dim=4),
          dict(mom=.9, eps=1., precondition_frequency=3, max_precond_dim=3)] # 3: axes of both kinds in one tensor
 
-# A sum of fewer gradients than rows has eigenvalues of `eps` beside large ones: in float32 rounding decides them (seen: .7% of a root). No gradient has a part in these directions, and the weights agree
+# A sum of fewer gradients than rows has eigenvalues of `eps` beside large ones: in float32 rounding decides them (seen: .7% of a root). No
+# gradient has a part in these directions, and the weights agree
 ROUNDED = [f'inv_precond_{i}' for i in range(4)]
 
 class WithVectors:
@@ -26,7 +30,8 @@ class WithVectors:
 
 def po(h, **kw):
     pytorch_optimizer = pytest.importorskip('pytorch_optimizer')
-    return lambda g: pytorch_optimizer.Shampoo(g, lr=1., **{**dict(momentum=0., matrix_eps=h['eps'], preconditioning_compute_steps=1, weight_decouple=h['decouple_wd']), **kw})
+    return lambda g: pytorch_optimizer.Shampoo(g, lr=1., **{**dict(momentum=0., matrix_eps=h['eps'], preconditioning_compute_steps=1,
+                                                                   weight_decouple=h['decouple_wd']), **kw})
 @peer()
 def po_shampoo(h): return lambda g: WithVectors(po(h), g)
 @peer()

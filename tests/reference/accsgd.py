@@ -2,9 +2,11 @@ import numpy as np
 
 class AccSGD:
     """Kidambi, Netrapalli, Jain, Kakade 2018 (1803.05591), with its constant .7 as `c`; from Jain et al. 2017 (1704.08227).
-    Choices: both lines use the iterate w of before the step. Decay: L2 in the gradient, or `decoupled` before the step (the average begins with the decayed weights)."""
+    Choices: both lines use the iterate w of before the step. Decay: L2 in the gradient, or `decoupled` before the step (the average begins
+    with the decayed weights)."""
     def __init__(self, theta, kappa=1000., xi=10., c=.7, lam=0., decoupled=False):
-        self.theta,self.kappa,self.xi,self.c,self.lam,self.decoupled,self.w_bar = np.array(theta, dtype=np.float64),kappa,xi,c,lam,decoupled,None
+        self.theta,self.kappa,self.xi,self.c,self.lam = np.array(theta, dtype=np.float64),kappa,xi,c,lam
+        self.decoupled,self.w_bar = decoupled,None
     def step(self, g, lr):
         if self.decoupled: self.theta = self.theta*(1-lr*self.lam)
         else: g = g + self.lam*self.theta

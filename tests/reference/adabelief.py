@@ -2,10 +2,11 @@ import numpy as np
 from .decay import decay
 
 class AdaBelief:
-    """Zhuang et al. 2020 (2010.07468), algorithm 2. Choices, the authors' code: eps enters s at each step and stands beside its root again; `rectify` as RAdam where rho_t >= 5,
-    then with eps beside the root of the uncorrected s, and a step along m_hat before."""
+    """Zhuang et al. 2020 (2010.07468), algorithm 2. Choices, the authors' code: eps enters s at each step and stands beside its root again;
+    `rectify` as RAdam where rho_t >= 5, then with eps beside the root of the uncorrected s, and a step along m_hat before."""
     def __init__(self, theta, beta1=.9, beta2=.999, eps=1e-16, rectify=False, lam=0., decoupled=True):
-        self.theta,self.beta1,self.beta2,self.eps,self.rectify,self.lam,self.decoupled = np.array(theta, dtype=np.float64),beta1,beta2,eps,rectify,lam,decoupled
+        self.theta,self.beta1,self.beta2,self.eps = np.array(theta, dtype=np.float64),beta1,beta2,eps
+        self.rectify,self.lam,self.decoupled = rectify,lam,decoupled
         self.m,self.s,self.t,self.plain,self.rectified = np.zeros_like(self.theta),np.zeros_like(self.theta),0,0,0
     def step(self, g, alpha):
         self.t += 1

@@ -2,10 +2,12 @@ import numpy as np
 
 class Adafactor:
     """Shazeer & Stern 2018 (1804.04235), algorithms 4 and 5, with means of squares in place of sums (the factor cancels in V).
-    Choices: alpha_t is relative to RMS(X) before the decay, rho_t = min(lr, 1/sqrt(t)) as in torch; `eps1=None` clamps the root and the mean of R at the dtype's
-    eps, as torch does; a number is added to the squares, as in the paper. Axes but the last two number the matrices."""
+    Choices: alpha_t is relative to RMS(X) before the decay, rho_t = min(lr, 1/sqrt(t)) as in torch; `eps1=None` clamps the root and the
+    mean of R at the dtype's eps, as torch does; a number is added to the squares, as in the paper. Axes but the last two number the
+    matrices."""
     def __init__(self, theta, c=-.8, eps1=None, eps2=1e-3, d=1., scale=True, lam=0., decoupled=True):
-        self.theta,self.c,self.eps1,self.eps2,self.d,self.scale,self.lam,self.decoupled = np.array(theta, dtype=np.float64),c,eps1,eps2,d,scale,lam,decoupled
+        self.theta,self.c,self.eps1,self.eps2,self.d,self.scale = np.array(theta, dtype=np.float64),c,eps1,eps2,d,scale
+        self.lam,self.decoupled = lam,decoupled
         self.R = self.C = self.V = 0.
         self.t = self.clipped = self.unclipped = self.capped = self.small = 0
     def step(self, g, lr):

@@ -2,7 +2,8 @@ import numpy as np
 
 class AdamMini:
     """Zhang et al. 2024 (2406.16793), algorithm 1, with decoupled decay before the step.
-    Choices: a block is a slice of the first axis ('neuron'), or the whole tensor ('tensor'; also where there is one axis or none); eps is added to the debiased root, as in the authors' code."""
+    Choices: a block is a slice of the first axis ('neuron'), or the whole tensor ('tensor'; also where there is one axis or none); eps is
+    added to the debiased root, as in the authors' code."""
     def __init__(self, theta, beta1=.9, beta2=.999, eps=1e-8, partition='neuron', lam=0., decoupled=True):
         self.theta,self.beta1,self.beta2,self.eps,self.lam,self.decoupled = np.array(theta, dtype=np.float64),beta1,beta2,eps,lam,decoupled
         self.rows = partition=='neuron' and self.theta.ndim>1

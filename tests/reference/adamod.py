@@ -1,10 +1,13 @@
 import numpy as np
 
 class AdaMod:
-    """Ding, Ren, Luo, Sun 2019 (1910.12249), algorithm 1. Choices: s_0 = 0 without a correction (the paper's); decay `decoupled` before the step, or L2 in the gradient."""
+    """Ding, Ren, Luo, Sun 2019 (1910.12249), algorithm 1. Choices: s_0 = 0 without a correction (the paper's); decay `decoupled` before the
+    step, or L2 in the gradient."""
     def __init__(self, theta, beta1=.9, beta2=.999, beta3=.999, eps=1e-8, lam=0., decoupled=True):
-        self.theta,self.beta1,self.beta2,self.beta3,self.eps,self.lam,self.decoupled = np.array(theta, dtype=np.float64),beta1,beta2,beta3,eps,lam,decoupled
-        self.m,self.v,self.s,self.t,self.cut,self.uncut = np.zeros_like(self.theta),np.zeros_like(self.theta),np.zeros_like(self.theta),0,0,0
+        self.theta,self.beta1,self.beta2,self.beta3,self.eps = np.array(theta, dtype=np.float64),beta1,beta2,beta3,eps
+        self.lam,self.decoupled = lam,decoupled
+        self.m,self.v,self.s,self.t = np.zeros_like(self.theta),np.zeros_like(self.theta),np.zeros_like(self.theta),0
+        self.cut,self.uncut = 0,0
     def step(self, g, lr):
         self.t += 1
         if self.decoupled: self.theta = self.theta*(1-lr*self.lam)

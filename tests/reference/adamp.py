@@ -1,9 +1,11 @@
 import numpy as np
 
 class _Projected:
-    "Heo et al. 2020 (2006.08217), equation 12 and the authors' two views: rows (channels), then the whole tensor (layer); counts what was done"
+    """Heo et al. 2020 (2006.08217), equation 12 and the authors' two views: rows (channels), then the whole tensor (layer); counts what was
+    done"""
     def __init__(self, theta, eps, delta, wd_ratio, nesterov, lam):
-        self.theta,self.eps,self.delta,self.wd_ratio,self.nesterov,self.lam = np.array(theta, dtype=np.float64),eps,delta,wd_ratio,nesterov,lam
+        self.theta,self.eps,self.delta,self.wd_ratio = np.array(theta, dtype=np.float64),eps,delta,wd_ratio
+        self.nesterov,self.lam = nesterov,lam
         self.m,self.t = np.zeros_like(self.theta),0
         self.channels = self.layers = self.neither = 0
     def project(self, g, u):
@@ -20,7 +22,8 @@ class _Projected:
         return u,1.
 
 class AdamP(_Projected):
-    "Algorithm 2. Choices: eps is added to the debiased root; the cosine is of the gradient of this step; decoupled decay by lr*lam, wd_ratio of it where projected"
+    """Algorithm 2. Choices: eps is added to the debiased root; the cosine is of the gradient of this step; decoupled decay by lr*lam,
+    wd_ratio of it where projected"""
     def __init__(self, theta, beta1=.9, beta2=.999, eps=1e-8, delta=.1, wd_ratio=.1, nesterov=False, lam=0.):
         super().__init__(theta, eps, delta, wd_ratio, nesterov, lam)
         self.beta1,self.beta2,self.v = beta1,beta2,np.zeros_like(self.theta)
@@ -34,7 +37,8 @@ class AdamP(_Projected):
         self.theta = self.theta*(1-lr*self.lam*ratio) - lr/(1-self.beta1**self.t)*u
 
 class SGDP(_Projected):
-    "Algorithm 1. Choices: the momentum itself is not projected (the authors' code does, in place); the decay is divided by 1-mu, as in their code"
+    """Algorithm 1. Choices: the momentum itself is not projected (the authors' code does, in place); the decay is divided by 1-mu, as in
+    their code"""
     def __init__(self, theta, mu=0., dampening=0., eps=1e-8, delta=.1, wd_ratio=.1, nesterov=False, lam=0.):
         super().__init__(theta, eps, delta, wd_ratio, nesterov, lam)
         self.mu,self.dampening = mu,dampening

@@ -1,8 +1,8 @@
 import numpy as np
 
 class AggMo:
-    """Lucas, Sun, Zemel, Grosse 2018 (1804.00325), equation 2: velocities without dampening, v_0 = 0. Choices: `lr` is that of the present step, and not part of the velocities (the paper's form).
-    Decay: L2 in the gradient, or `decoupled` before the step."""
+    """Lucas, Sun, Zemel, Grosse 2018 (1804.00325), equation 2: velocities without dampening, v_0 = 0. Choices: `lr` is that of the present
+    step, and not part of the velocities (the paper's form). Decay: L2 in the gradient, or `decoupled` before the step."""
     def __init__(self, theta, betas=(0.,.9,.99), lam=0., decoupled=False):
         self.theta,self.betas,self.lam,self.decoupled = np.array(theta, dtype=np.float64),betas,lam,decoupled
         self.v = [np.zeros_like(self.theta) for _ in betas]

@@ -4,8 +4,8 @@ def _rms(x): return np.sqrt(np.mean(x**2))
 
 class CAME:
     """Luo et al. 2023 (2307.02047), algorithm 2, with means in place of sums, as the authors' code has them.
-    Choices: decoupled decay by lr*lam before the step; no correction of the averages; a tensor of one axis or none is not factored and has no confidence; axes but the
-    last two number the matrices."""
+    Choices: decoupled decay by lr*lam before the step; no correction of the averages; a tensor of one axis or none is not factored and has
+    no confidence; axes but the last two number the matrices."""
     def __init__(self, theta, beta1=.9, beta2=.999, beta3=.9999, eps1=1e-30, eps2=1e-16, d=1., lam=0.):
         self.theta,self.betas,self.eps1,self.eps2,self.d,self.lam = np.array(theta, dtype=np.float64),(beta1,beta2,beta3),eps1,eps2,d,lam
         self.m = np.zeros_like(self.theta)

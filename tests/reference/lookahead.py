@@ -1,8 +1,8 @@
 from .radam import RAdam
 
 class Lookahead:
-    """Zhang et al. 2019 (1907.08610), algorithm 1, over inner objects of any kind: after each k-th step phi += alpha (theta - phi), theta = phi.
-    Choices: the count is one for all tensors, which are all synchronised, those without a gradient too; the inner moments are kept."""
+    """Zhang et al. 2019 (1907.08610), algorithm 1, over inner objects of any kind: after each k-th step phi += alpha (theta - phi), theta =
+    phi. Choices: the count is one for all tensors, which are all synchronised, those without a gradient too; the inner moments are kept."""
     def __init__(self, inner, k=6, alpha=.5):
         self.inner,self.k,self.alpha,self.count = list(inner),k,alpha,0
         self.phi = [o.theta.copy() for o in self.inner]

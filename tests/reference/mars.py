@@ -1,8 +1,9 @@
 import numpy as np
 
 class MARS:
-    """Yuan et al. 2024 (2411.10438), algorithms 2 (MARS-AdamW) and 3 (MARS-Lion), approximate form: `g` before the first step equals the first.
-    Choices: ||c|| is that of one tensor; less than two dimensions is AdamW with `betas_1d` at lr*scale, unless `all_dims` (the authors' code)."""
+    """Yuan et al. 2024 (2411.10438), algorithms 2 (MARS-AdamW) and 3 (MARS-Lion), approximate form: `g` before the first step equals the
+    first. Choices: ||c|| is that of one tensor; less than two dimensions is AdamW with `betas_1d` at lr*scale, unless `all_dims` (the
+    authors' code)."""
     def __init__(self, x, beta1=.95, beta2=.99, eps=1e-8, gamma=.025, kind='adamw', all_dims=False, betas_1d=(.9,.95), scale=1., lam=0.):
         self.x = np.array(x, dtype=np.float64)
         self.plain = self.x.ndim < 2 and not all_dims

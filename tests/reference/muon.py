@@ -1,10 +1,13 @@
 import numpy as np
 
 class Muon:
-    """Jordan et al. 2024, *Muon: an optimizer for hidden layers in neural networks* (kellerjordan.github.io/posts/muon), exact Newton-Schulz in float64; scale 'match_rms_adamw' and decay: Liu et al. 2025 (2502.16982).
-    Choices: B is an average (the authors' code) and not a sum; the factor of the rate is taken from the matrix after flattening; a tensor of fewer than two axes takes AdamW, with the authors' betas and eps."""
+    """Jordan et al. 2024, *Muon: an optimizer for hidden layers in neural networks* (kellerjordan.github.io/posts/muon), exact
+    Newton-Schulz in float64; scale 'match_rms_adamw' and decay: Liu et al. 2025 (2502.16982). Choices: B is an average (the authors' code)
+    and not a sum; the factor of the rate is taken from the matrix after flattening; a tensor of fewer than two axes takes AdamW, with the
+    authors' betas and eps."""
     def __init__(self, theta, mu=.95, nesterov=True, steps=5, match_rms=False, lam=0., aux_scale=.015, beta1=.9, beta2=.95, eps=1e-10):
-        self.theta,self.mu,self.nesterov,self.steps,self.match_rms,self.lam = np.array(theta, dtype=np.float64),mu,nesterov,steps,match_rms,lam
+        self.theta,self.mu,self.nesterov,self.steps = np.array(theta, dtype=np.float64),mu,nesterov,steps
+        self.match_rms,self.lam = match_rms,lam
         self.aux_scale,self.beta1,self.beta2,self.eps,self.t = aux_scale,beta1,beta2,eps,0
         self.B,self.v = np.zeros_like(self.theta),np.zeros_like(self.theta)
     def orthogonal(self, G):

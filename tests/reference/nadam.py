@@ -1,10 +1,12 @@
 import numpy as np
 
 class NAdam:
-    """Dozat 2016 (ICLR workshop; no arXiv id), algorithm 2. Choices: m is averaged with beta1 and not with mu_t, as in torch; n-hat is n/(1-nu^t); eps is added to the root;
-    mu_t = beta1*(1 - .5*.96^(t*psi)); decay, which the paper lacks, is theta*(1-lr*lam) before the step, or lam*theta in g. `mus` holds every mu so far."""
+    """Dozat 2016 (ICLR workshop; no arXiv id), algorithm 2. Choices: m is averaged with beta1 and not with mu_t, as in torch; n-hat is
+    n/(1-nu^t); eps is added to the root; mu_t = beta1*(1 - .5*.96^(t*psi)); decay, which the paper lacks, is theta*(1-lr*lam) before the
+    step, or lam*theta in g. `mus` holds every mu so far."""
     def __init__(self, theta, beta1=.9, nu=.999, eps=1e-8, psi=.004, lam=0., decoupled=False):
-        self.theta,self.beta1,self.nu,self.eps,self.psi,self.lam,self.decoupled = np.array(theta, dtype=np.float64),beta1,nu,eps,psi,lam,decoupled
+        self.theta,self.beta1,self.nu,self.eps,self.psi = np.array(theta, dtype=np.float64),beta1,nu,eps,psi
+        self.lam,self.decoupled = lam,decoupled
         self.m,self.n,self.mus = np.zeros_like(self.theta),np.zeros_like(self.theta),[]
     def mu(self, t): return self.beta1*(1 - .5*.96**(t*self.psi))
     t = property(lambda self: len(self.mus))

@@ -1,10 +1,12 @@
 import numpy as np
 
 class NovoGrad:
-    """Ginsburg et al. 2019 (1905.11286), algorithm 1 with a tensor as a layer: `v` starts with the first squared norm, `m` with the first direction, and nothing is debiased.
-    Choices: `averaging` weighs each direction by 1-beta1, the first one too (the authors' code); `decoupled` takes lr*d of the weights in the place of adding d*w to the divided gradient."""
+    """Ginsburg et al. 2019 (1905.11286), algorithm 1 with a tensor as a layer: `v` starts with the first squared norm, `m` with the first
+    direction, and nothing is debiased. Choices: `averaging` weighs each direction by 1-beta1, the first one too (the authors' code);
+    `decoupled` takes lr*d of the weights in the place of adding d*w to the divided gradient."""
     def __init__(self, theta, beta1=.95, beta2=.98, eps=1e-8, d=0., averaging=False, decoupled=False):
-        self.w,self.beta1,self.beta2,self.eps,self.d,self.averaging,self.decoupled = np.array(theta, dtype=np.float64),beta1,beta2,eps,d,averaging,decoupled
+        self.w,self.beta1,self.beta2,self.eps,self.d = np.array(theta, dtype=np.float64),beta1,beta2,eps,d
+        self.averaging,self.decoupled = averaging,decoupled
         self.v,self.m = None,np.zeros_like(self.w)
     theta = property(lambda self: self.w)
     def step(self, g, lr):

@@ -3,8 +3,10 @@ from types import SimpleNamespace
 
 class Prodigy:
     """Mishchenko & Defazio 2023 (2306.06101), as in the authors' code, for all tensors of a model at once.
-    Choices: the largest gamma drives d, and each tensor moves by its own; a tensor's x0 and t begin with its first gradient; a gamma of 0 leaves a tensor out; lam in the paper's AdamW way, or L2."""
-    def __init__(self, thetas, beta1=.9, beta2=.999, beta3=None, eps=1e-8, d0=1e-6, d_coef=1., growth=np.inf, safeguard=False, correct=False, lams=None, decoupled=True):
+    Choices: the largest gamma drives d, and each tensor moves by its own; a tensor's x0 and t begin with its first gradient; a gamma of 0
+    leaves a tensor out; lam in the paper's AdamW way, or L2."""
+    def __init__(self, thetas, beta1=.9, beta2=.999, beta3=None, eps=1e-8, d0=1e-6, d_coef=1., growth=np.inf, safeguard=False,
+                 correct=False, lams=None, decoupled=True):
         self.inner = [SimpleNamespace(theta=np.array(t, dtype=np.float64), t=0, lam=l) for t,l in zip(thetas, lams or [0.]*len(thetas))]
         self.betas,self.eps,self.d0,self.d_coef,self.growth = (beta1,beta2,np.sqrt(beta2) if beta3 is None else beta3),eps,d0,d_coef,growth
         self.safeguard,self.correct,self.decoupled,self.d,self.d_max,self.r = safeguard,correct,decoupled,d0,d0,0.

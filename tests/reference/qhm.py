@@ -1,7 +1,8 @@
 import numpy as np
 
 class QHM:
-    "Ma, Yarats 2018 (1810.06801), equations 3 and 4: the buffer is a mean of the gradients, without correction for its start at 0. Choice: decay is theta*(1-lr*lam) before the step, or lam*theta in the gradient."
+    """Ma, Yarats 2018 (1810.06801), equations 3 and 4: the buffer is a mean of the gradients, without correction for its start at 0.
+    Choice: decay is theta*(1-lr*lam) before the step, or lam*theta in the gradient."""
     def __init__(self, theta, beta=.999, nu=.7, lam=0., decoupled=False):
         self.theta,self.beta,self.nu,self.lam,self.decoupled = np.array(theta, dtype=np.float64),beta,nu,lam,decoupled
         self.g = np.zeros_like(self.theta)

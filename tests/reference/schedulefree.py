@@ -1,8 +1,9 @@
 import numpy as np
 
 class ScheduleFree:
-    """Defazio et al. 2024 (2405.15682), equations 3 to 5, with all three sequences kept: z is stepped, x is the weighted mean of all z, gradients are taken at y.
-    Choices, of the authors' package: w_t = t^r gamma_max^rho, of each tensor's own t; decay at y, beside the normalised gradient; gamma warmed up linearly."""
+    """Defazio et al. 2024 (2405.15682), equations 3 to 5, with all three sequences kept: z is stepped, x is the weighted mean of all z,
+    gradients are taken at y. Choices, of the authors' package: w_t = t^r gamma_max^rho, of each tensor's own t; decay at y, beside the
+    normalised gradient; gamma warmed up linearly."""
     def __init__(self, theta, beta=.9, lam=0., warmup=0, r=0., rho=2.):
         self.z = self.x = self.y = np.array(theta, dtype=np.float64)
         self.beta,self.lam,self.warmup,self.r,self.rho = beta,lam,warmup,r,rho

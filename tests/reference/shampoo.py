@@ -1,11 +1,13 @@
 import numpy as np
 
 class Shampoo:
-    """Gupta et al. 2018 (1802.09568), algorithm 2, for tensors of any order k: H_i += G_(i) G_(i)^T, and the gradient multiplied by H_i^(-1/(2k)) along each axis.
-    Choices: a single number is a vector of one; an axis longer than `longest`, or of length 1, keeps the diagonal of H_i; other roots are computed at the first step and each that `every` divides;
-    momentum adds up the preconditioned updates."""
+    """Gupta et al. 2018 (1802.09568), algorithm 2, for tensors of any order k: H_i += G_(i) G_(i)^T, and the gradient multiplied by
+    H_i^(-1/(2k)) along each axis. Choices: a single number is a vector of one; an axis longer than `longest`, or of length 1, keeps the
+    diagonal of H_i; other roots are computed at the first step and each that `every` divides; momentum adds up the preconditioned
+    updates."""
     def __init__(self, theta, mu=0., eps=1e-4, every=1, longest=10**9, lam=0., decoupled=False):
-        self.theta,self.mu,self.eps,self.every,self.longest,self.lam,self.decoupled = np.array(theta, dtype=np.float64),mu,eps,every,longest,lam,decoupled
+        self.theta,self.mu,self.eps,self.every,self.longest = np.array(theta, dtype=np.float64),mu,eps,every,longest
+        self.lam,self.decoupled = lam,decoupled
         shape = self.theta.shape or (1,)
         self.H = [eps*np.eye(n) if 1 < n <= longest else np.full(n, eps) for n in shape]
         self.roots,self.b,self.t = [None]*len(shape),np.zeros(shape),0

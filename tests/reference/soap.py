@@ -1,9 +1,10 @@
 import numpy as np
 
 class SOAP:
-    """Vyas et al. 2024 (2409.11321), algorithms 3 and 4, for tensors of any order, with the choices of the authors' code: the first gradient only starts L, R and their eigenvectors; weights
-    decay after the step, L and R are updated after that; the columns of Q and V are sorted by the diagonal of Q^T L Q before each QR. M is kept as in the paper, in the parameter's coordinates.
-    `longest`: axes above it have no Q; `merge`: neighbouring axes are one while their product is at most `longest`; vectors have a Q with `vectors` alone."""
+    """Vyas et al. 2024 (2409.11321), algorithms 3 and 4, for tensors of any order, with the choices of the authors' code: the first
+    gradient only starts L, R and their eigenvectors; weights decay after the step, L and R are updated after that; the columns of Q and V
+    are sorted by the diagonal of Q^T L Q before each QR. M is kept as in the paper, in the parameter's coordinates. `longest`: axes above
+    it have no Q; `merge`: neighbouring axes are one while their product is at most `longest`; vectors have a Q with `vectors` alone."""
     def __init__(self, theta, beta1=.95, beta2=.95, beta_s=.95, eps=1e-8, every=10, longest=10**9, merge=False, vectors=False, lam=0.):
         self.theta,self.betas,self.eps,self.every,self.lam = np.array(theta, dtype=np.float64),(beta1,beta2,beta_s),eps,every,lam
         shape = self.theta.shape

@@ -1,8 +1,8 @@
 import numpy as np
 
 class StableAdamW:
-    """Wortsman et al. 2023 (2304.13013), algorithm 2, with the bias corrections in the betas, as there. The learning rate is divided by max(1, RMS) for a tensor,
-    and the decay uses that rate. `decoupled=False` (ours): lambda theta is part of the gradient."""
+    """Wortsman et al. 2023 (2304.13013), algorithm 2, with the bias corrections in the betas, as there. The learning rate is divided by
+    max(1, RMS) for a tensor, and the decay uses that rate. `decoupled=False` (ours): lambda theta is part of the gradient."""
     def __init__(self, theta, beta1=.9, beta2=.99, eps=1e-6, lam=0., decoupled=True):
         self.theta,self.beta1,self.beta2,self.eps,self.lam,self.decoupled = np.array(theta, dtype=np.float64),beta1,beta2,eps,lam,decoupled
         self.v,self.u,self.t = np.zeros_like(self.theta),np.zeros_like(self.theta),0

@@ -1,11 +1,14 @@
 import numpy as np
 
 class SWATS:
-    """Keskar & Socher 2017 (1712.07628), algorithm 1, of one tensor. Choices: the test is relative (|Lambda - gamma| <= tol*|gamma|) and needs Lambda > 0; `found` is what it found in the last step, `rate` (Lambda over the
-    alpha of that step) is set from outside, for the next step; a later alpha scales it; Adam's moments go on. eps is added to the root of what is not debiased (the paper's)."""
+    """Keskar & Socher 2017 (1712.07628), algorithm 1, of one tensor. Choices: the test is relative (|Lambda - gamma| <= tol*|gamma|) and
+    needs Lambda > 0; `found` is what it found in the last step, `rate` (Lambda over the alpha of that step) is set from outside, for the
+    next step; a later alpha scales it; Adam's moments go on. eps is added to the root of what is not debiased (the paper's)."""
     def __init__(self, w, beta1=.9, beta2=.999, eps=1e-9, tol=1e-6, lam=0., decoupled=False):
-        self.w,self.beta1,self.beta2,self.eps,self.tol,self.weight_decay,self.decoupled = np.array(w, dtype=np.float64),beta1,beta2,eps,tol,lam,decoupled
-        self.m,self.a,self.b,self.lam,self.k,self.rate,self.found = np.zeros_like(self.w),np.zeros_like(self.w),np.zeros_like(self.w),0.,0,0.,0.
+        self.w,self.beta1,self.beta2,self.eps,self.tol = np.array(w, dtype=np.float64),beta1,beta2,eps,tol
+        self.weight_decay,self.decoupled = lam,decoupled
+        self.m,self.a,self.b,self.lam,self.k = np.zeros_like(self.w),np.zeros_like(self.w),np.zeros_like(self.w),0.,0
+        self.rate,self.found = 0.,0.
     theta = property(lambda self: self.w)
     def step(self, g, alpha):
         g,self.k,self.found = np.array(g, dtype=np.float64),self.k+1,0.
