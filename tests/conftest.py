@@ -1,4 +1,4 @@
-"One kernel cache per test session, shared by its workers; one torch thread a process unless a test asks for more."
+"One kernel cache per test session, shared by its workers; one torch thread per process unless a test asks for more."
 import atexit,dataclasses,os,shutil,tempfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -7,7 +7,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ['TRITON_INTERPRET'] = '1' # mode 'triton': the GPU's kernels, on CPU tensors
 
 def _session_cache():
-    "A private folder that lives as long as the session: `FASTXTEND_OPT_TEST_CACHE` names one to keep between sessions"
+    "A private folder for this session; `FASTXTEND_OPT_TEST_CACHE` names one to keep between sessions"
     kept = os.environ.get('FASTXTEND_OPT_TEST_CACHE')
     if kept:
         Path(kept).mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -26,11 +26,11 @@ from fastxtend_opt.definition.make import MODES
 from fastxtend_opt.definition.registry import list_optimizers
 from helpers import CORE,INTERPRETED,backend_of
 torch.set_num_threads(1)
-triton_launch.GPU_BLOCK,triton_launch.GPU_PROGRAMS = 4096,1 # for the interpreter: few programs, and chunks of several blocks
+triton_launch.GPU_BLOCK,triton_launch.GPU_PROGRAMS = 4096,1 # few programs for the interpreter, and chunks of several blocks
 
 def _lighten_interpreter():
-    """Triton's interpreter in half the time: no search for overflows of integers (`test_integers_do_not_overflow` makes it), and what
-    depends on a type alone, dtypes, shapes and types of blocks, is not made anew for each value"""
+    """Halve the time of Triton's interpreter: don't look for integer overflows (`test_integers_do_not_overflow` does), and cache everything
+    that depends on a type alone instead of computing it for each value"""
     try:
         from triton.runtime import interpreter as ti
         import triton.language.core as tl
@@ -60,7 +60,7 @@ def pytest_addoption(parser):
     parser.addoption('--slow', action='store_true', help='also run the tests marked slow (the whole cross product, long property tests)')
 
 def _has_modes(item, rows={}):
-    "Does the optimizer of a test have the modes that the test names?"
+    "Does the test's optimizer have the modes that the test names?"
     params = getattr(getattr(item, 'callspec', None), 'params', {})
     if not rows: rows.update((o.name, o) for o in list_optimizers())
     row = next((rows.get(getattr(params[k], 'name', params[k])) for k in ('name','row','optimizer')
@@ -70,8 +70,7 @@ def _has_modes(item, rows={}):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """A test marked `engine` runs with the optimizers of `CORE`; with the others when slow tests are asked for. Modes that an optimizer
-    does not have are left out"""
+    "Mark tests of the engine slow outside `CORE`, and leave out modes that an optimizer does not have"
     lacking = [o for o in items if not _has_modes(o)]
     if lacking:
         config.hook.pytest_deselected(items=lacking)
@@ -103,19 +102,19 @@ def compiler_flags(request):
 
 @pytest.fixture(autouse=True)
 def triton_backend(request):
-    "A test of mode 'triton' makes its fused optimizers with Triton"
+    "In tests of mode 'triton', fused optimizers use Triton"
     params = getattr(getattr(request.node, 'callspec', None), 'params', {})
     with backend_of('triton') if any(isinstance(v, str) and v == 'triton' for v in params.values()) else nullcontext(): yield
 
 @pytest.fixture(autouse=True)
 def without_a_training_loop(request):
-    """Shared tests give an optimizer gradients and nothing else: steppers that need more (AdaHessian's) take these. The module of such an
-    algorithm says `TRAINS = True`"""
+    """Shared tests give an optimizer only gradients, which steppers that need more (AdaHessian's) use instead. The test module of such an
+    algorithm sets `TRAINS = True`"""
     with nullcontext() if getattr(request.module, 'TRAINS', False) else dry_run(): yield
 
 @pytest.fixture
 def one_thread():
-    "One torch thread, and the number there was after the test"
+    "One torch thread during the test"
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -123,7 +122,7 @@ def one_thread():
 
 @pytest.fixture
 def threads():
-    "Set torch's threads within a test, and put them back after it"
+    "Set torch's threads during a test, and restore them afterwards"
     n = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(n)

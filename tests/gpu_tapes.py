@@ -1,4 +1,4 @@
-"Tapes to compile for a GPU in a process of its own (`test_triton`): no interpreter is set there"
+"Tapes to compile for a GPU, in a separate process where no interpreter is set (`test_triton`)"
 import torch
 from fastxtend_opt.engine.cohort import make_cohorts
 from fastxtend_opt.engine.ops import OPS

@@ -1,4 +1,4 @@
-"Compare, build and run: what every test of an optimizer here shares."
+"What tests of optimizers share: choosing cases, comparing, making parameters and gradients, running."
 import copy,numbers,pickle
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -22,42 +22,41 @@ BACKEND = 'FASTXTEND_OPT_FUSED_BACKEND'
 
 @contextmanager
 def backend_of(mode):
-    "An optimizer that is made inside has the backend which `mode` means"
+    "Optimizers that are made in the block have `mode`'s backend"
     with pytest.MonkeyPatch.context() as m:
         if mode=='triton': m.setenv(BACKEND, 'triton')
         elif mode=='fused': m.setenv(BACKEND, 'cpp')
         yield
 
 class WithBackend:
-    "`f`, an `opt_func`, that makes its optimizer with the backend which `mode` means"
+    "An `opt_func` that calls `f` with `mode`'s backend"
     def __init__(self, f, mode): self.f,self.mode = f,mode
     def __call__(self, *args, **kwargs):
         with backend_of(self.mode): return self.f(*args, **kwargs)
 
-# one of each kind that the engine has to do with: no state, one, two; state made from the weights; reductions, along axes too; signs
+# one of each kind for the engine: no state, one, two; state made from the weights; reductions, also along axes; signs
 CORE = ('sgd','adam','ranger','larc','lamb','lion','adamw_schedulefree','adafactor')
 
-# of these, the ones that Triton's interpreter, which is slow, runs by default: elementwise, and with reductions
+# those of `CORE` that Triton's slow interpreter runs by default: elementwise, and with reductions
 INTERPRETED = ('adam','larc')
-# with reductions along axes, which only C++ kernels have, and only for contiguous parameters; elsewhere a fused step of theirs is one of
-# foreach
+# with reductions along axes: only C++ has kernels for them, for contiguous parameters; otherwise a fused step of these is foreach's
 AXES = ('adafactor','came','adamp','sgdp','adam_mini')
 
 # ---------------------------------------------------------------- choosing
-SLOW = True # Are slow tests asked for? `conftest.py` says so before the tests are collected: thousands of slow cells take seconds to make
+SLOW = True # Does this session run slow tests? Set by `conftest.py` before collection, because making thousands of slow cells takes seconds
 
 def slow(*values, when=True, id=None):
     "A case of `parametrize`, marked slow `when` it is not in the default run"
     return pytest.param(*values, id=id, marks=pytest.mark.slow if when else ())
 
 def interpreted_slow(modes):
-    "`modes` as a parameter, of which the one that needs Triton's interpreter is slow"
+    "Parametrize by `modes`; the one in Triton's interpreter is slow"
     return pytest.mark.parametrize('mode', [slow(m, when=m=='triton') for m in modes])
 
 def pairwise(rows, group, dear=lambda row: None):
-    """Rows that together have every pair of values of two columns which `rows` have, the same ones each time. Each group of `rows` (those
-    of one `group(row)`) gives one: that with most new pairs, and of these the one whose pairs were used least. More rows complete the
-    pairs. `dear(row)` names what one row is enough of, because it is slow."""
+    """Choose rows that together have every pair of values of two columns that `rows` have, always the same ones. Each group of `rows`
+    (those with one `group(row)`) contributes the row with most new pairs, and of several such rows the one whose pairs were used least.
+    More rows complete the pairs. Of the rows with one `dear(row)`, which are slow, one is enough."""
     ids = {}
     pairs = {r: [ids.setdefault(p, len(ids)) for p in combinations(enumerate(r), 2)] for r in rows}
     used,had,groups,res = [0]*len(ids),set(),{},[]
@@ -73,7 +72,7 @@ def pairwise(rows, group, dear=lambda row: None):
     return res
 
 # ---------------------------------------------------------------- comparing
-class Mismatch(AssertionError): "Raised by `assert_same`; the message starts with the place that differs"
+class Mismatch(AssertionError): "Raised by `assert_same`; the message begins with the path of the difference"
 
 def _kind(o):
     if isinstance(o, torch.Tensor): return 'tensor'
@@ -154,9 +153,8 @@ def assert_bitwise(a, b, path=''):
     elif ka!='float' and a != b: _fail(path, f'{a!r} against {b!r}')
 
 def less_noise(a, b, noisy, factor=4.):
-    """`a`, brought nearer to `b` by `factor` times the largest difference between `b` and `noisy` in each tensor, for `assert_same` to look
-    at. `noisy` is what `b` becomes where the last bit of its inputs differs: no computation in other order can be expected to come
-    nearer."""
+    """Move `a` towards `b` by `factor` times the largest difference between `b` and `noisy` in each tensor, and let `assert_same` judge the
+    rest. `noisy` is `b` computed from inputs whose last bit differs: a computation in another order can't be expected to come closer."""
     if _kind(b)=='dict': return {k: less_noise(a[k], v, noisy[k], factor) if k in a and k in noisy else a.get(k) for k,v in b.items()}
     if _kind(b)=='list': return [less_noise(*o, factor) for o in zip(a, b, noisy)] if len(a)==len(b) else a
     if _kind(b)!='tensor' or not b.is_floating_point() or a.shape!=b.shape or not b.numel(): return a
@@ -167,7 +165,7 @@ def less_noise(a, b, noisy, factor=4.):
 _ULP = {torch.bfloat16: (8, -133), torch.float16: (11, -24), torch.float32: (24, -149), torch.float64: (53, -1074)}
 
 def ulp(t):
-    "The spacing of `t`'s own dtype at each of its values, as float64"
+    "The spacing of `t`'s dtype at each of its values, as float64"
     bits,low = _ULP[t.dtype]
     return torch.exp2((torch.frexp(t.double()).exponent - bits).clamp(min=low).double())
 
@@ -191,17 +189,17 @@ def assert_ulps(a, b, n, atol=0., path=''):
                         f'{b.flatten()[i].item()!r} ({d.max().item():g} ulp)')
     else: assert_same(a, b, path=path)
 
-# Params, gradients and updates of the streams below are of order 1, so that the absolute part is a few roundings of 1.
+# Parameters, gradients and updates of the streams below are of order 1, so the absolute part is a few roundings of 1.
 TOL = {torch.float64: dict(rtol=1e-10, atol=1e-12), torch.float32: dict(rtol=2e-5, atol=1e-6)}
 
 # ---------------------------------------------------------------- parameters and gradients
-BIG = 16*1024 + 5 # more than one chunk of the fused backend, and no multiple of a vector's length
+BIG = 16*1024 + 5 # more than one chunk of the fused backend, and not a multiple of a vector's length
 SHAPES = ((), (1,), (33,), (17,5), (8,4,3,3), (0,), (0,3))
 
 def _fill(shape, gen, dtype, scale=1.): return (torch.randn(shape, generator=gen, dtype=torch.float64)*scale).to(dtype)
 
 def make_params(shapes=SHAPES, dtype=torch.float32, seed=0, big=True, channels_last=True, scale=.5):
-    "Parameters of `shapes`, then one of more than a chunk, then a channels_last kernel, all seeded and with values well off zero"
+    "Seeded parameters of `shapes`, then one of more than a chunk, then a channels_last kernel"
     gen = torch.Generator().manual_seed(seed)
     res = [_fill(s, gen, dtype, scale) for s in shapes]
     if big: res.append(_fill((BIG,), gen, dtype, scale))
@@ -209,7 +207,7 @@ def make_params(shapes=SHAPES, dtype=torch.float32, seed=0, big=True, channels_l
     return [nn.Parameter(o) for o in res]
 
 def copy_params(params):
-    "Parameters of the same values and memory layout, without grads"
+    "Parameters with the same values and memory layout, without gradients"
     return [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format), requires_grad=p.requires_grad) for p in params]
 
 def like(p, values):
@@ -235,11 +233,12 @@ class GradStream:
             p.grad = None if j in skip or not p.requires_grad else like(p, self.values(p, i, j).to(p.dtype))
 
 class NudgedStream(GradStream):
-    "The same gradients, each one moved by one representable step of `dtype`, up or down"
+    "The same gradients, each moved up or down by one representable step of `dtype`"
     def __init__(self, seed=0, spikes=(), dtype=torch.float32): super().__init__(seed, spikes); self.dtype = dtype
     def values(self, p, i, j):
-        v,gen = super().values(p, i, j),torch.Generator().manual_seed(7*self.seed + 1013*i + j)
-        return v*(1 + torch.finfo(self.dtype).eps*(2*torch.randint(2, v.shape, generator=gen).double() - 1))
+        v,gen = super().values(p, i, j).to(self.dtype),torch.Generator().manual_seed(7*self.seed + 1013*i + j)
+        far = torch.where(torch.randint(2, v.shape, generator=gen)==0, -torch.inf, torch.inf).to(self.dtype)
+        return torch.where(v==0, v, torch.nextafter(v, far)).double() # a gradient of zero stays zero
 
 def two_groups(params):
     "Two layer groups, as fastai's splitters make them"
@@ -248,13 +247,13 @@ def two_groups(params):
 
 # ---------------------------------------------------------------- running
 def snapshot(params, opt, grads=False):
-    "Copies of the parameters, of the whole `state_dict`, and of the grads when asked"
+    "Copies of the parameters, the whole `state_dict`, and the gradients if `grads`"
     res = dict(params=[p.detach().clone() for p in params], opt=detach_copy(opt.state_dict()))
     if grads: res['grads'] = [None if p.grad is None else p.grad.detach().clone() for p in params]
     return res
 
 def detach_copy(o):
-    "A deep copy in plain containers, which later steps can't touch"
+    "A deep copy in plain containers that later steps can't change"
     if isinstance(o, torch.Tensor): return o.detach().clone()
     if isinstance(o, Mapping): return {k: detach_copy(v) for k,v in o.items()}
     if isinstance(o, (list, tuple, L)): return [detach_copy(v) for v in o]
@@ -286,7 +285,7 @@ def unchanged(params, opt):
     assert [p.data_ptr() for p in params] == before[2]
 
 def assert_copies_go_on(opt, stream, steps):
-    "A deep copy and a pickle of `opt` take the same steps as it does, and apart from it"
+    "A deep copy and a pickle of `opt` take the same steps as `opt`, independently of it"
     def on(o):
         ps = [p for g in o.param_lists for p in g]
         for i in steps: stream.set(ps, i); o.step()

@@ -1,4 +1,4 @@
-"A real Learner on scikit-learn's handwritten digits, made alike for every mode, and what its training gave."
+"A real Learner on scikit-learn's handwritten digits, the same for every mode, and the results of its training."
 import warnings
 from contextlib import contextmanager
 

@@ -198,7 +198,7 @@ def test_round_it_lookahead_and_options():
     assert [type(c).__name__ for c in learn.cbs][-2:]==['MaxLR','AdaHessianPass']
 
 def test_gradient_release_with_estimates_made_before():
-    "Nothing is refused where the loop makes its estimates by itself"
+    "Nothing is refused where the loop makes the estimates itself"
     m,(x,y) = net(),data(); opt = AdaHessian(m.parameters(), .05)
     ps = list(m.parameters())
     for p,g,h in zip(ps, *(lambda g: (g, hutchinson(g, ps)))(torch.autograd.grad(F.cross_entropy(m(x), y), ps,

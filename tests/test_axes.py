@@ -89,7 +89,7 @@ def came(p, lr, m=None, row=None, col=None, res_row=None, res_col=None, **kwargs
     return dict(m=m, row=row, col=col, res_row=res_row, res_col=res_col)
 
 def adamp(p, lr, m=None, **kwargs):
-    "Sums over all axes but the first, their largest, masks of one value a parameter"
+    "Sums over all axes but the first, their maximum, masks of one value per parameter"
     g = p.grad.data
     if m is None: m = torch.zeros_like(p.data)
     m.mul_(.9).add_(g)
@@ -111,7 +111,7 @@ def adamp(p, lr, m=None, **kwargs):
     return dict(m=m)
 
 def adam_mini(p, lr, m=None, v_b=None, **kwargs):
-    "One second moment a row"
+    "One second moment per row"
     g = p.grad.data
     if m is None: m = torch.zeros_like(p)
     m.lerp_(g, .1)
@@ -213,7 +213,7 @@ def test_bfloat16(stepper, mode):
 @pytest.mark.parametrize('other', ['native', *MODES])
 @pytest.mark.parametrize('stepper', [adafactor, every_second], ids=lambda f: f.__name__)
 def test_checkpoints(stepper, mode, other):
-    "A checkpoint goes on in every other mode"
+    "A checkpoint continues in every other mode"
     shapes = [(5,), (3,4), (7,1), (6,5,3,3)]
     ps,qs,a,b = make(mode, [stepper], shapes, lr=.1)
     run(ps, qs, a, b, n=2)
@@ -235,7 +235,7 @@ def test_state_of_another_shape(mode):
 
 @modes
 def test_weights_of_another_shape(mode):
-    "As many elements, other axes: nothing is taken for what it was"
+    "The same number of elements with other axes: nothing cached is reused"
     def plain(p, lr, **kwargs): p.data.sub_(lr*(p.grad.data - p.grad.data.mean(-1, keepdim=True)))
     ps,qs,a,b = make(mode, [plain], [(3,4), (5,2)], lr=.1)
     run(ps, qs, a, b, n=2)
@@ -245,7 +245,7 @@ def test_weights_of_another_shape(mode):
 
 @modes
 def test_refused(mode):
-    "What would take an axis away, and what has no meaning here; nothing has changed"
+    "Calls that would remove an axis or have no meaning here raise; nothing has changed"
     def no_keep(p, **kwargs): p.data.sub_(p.grad.data.mean(-1))
     def no_such(p, **kwargs): p.data.sub_(p.grad.data.mean(2, keepdim=True))
     def indices(p, **kwargs): p.data.sub_(p.grad.data.max(dim=-1, keepdim=True)[0])
@@ -269,7 +269,7 @@ def test_axes_without_sizes(mode):
     b.step()
     assert b._by_shape == 'axes' and sorted(map(len, b._plan.cohorts)) == [1,1,3]
 
-# ---------------------------------------------------------------- C++: threads, chunks, what is served by a kernel
+# ---------------------------------------------------------------- C++: threads, chunks, which steps have a kernel
 # shared by all threads: one matrix, many small ones, long rows, two matrices
 WIDE = [(700,600), (7,), (40,30,70), (3,9), (2,90_001), (520,12,3,3), (2,130,700), (30,20)]
 @pytest.mark.parametrize('stepper', [adafactor, came, adamp, wholes], ids=lambda f: f.__name__)
@@ -296,7 +296,7 @@ def served(stepper, shapes, layout=None, mode='fused'):
     return [form is not None for form in b._plan.forms]
 
 def test_what_has_a_kernel():
-    "Rows, columns and matrices do, in the C++ kernels; other patterns, layouts and GPUs take the foreach path"
+    "Rows, columns and matrices have C++ kernels; other patterns, layouts and GPUs take the foreach path"
     assert (all(served(adafactor, [(3,4), (5,3,4), (6,5,3,3), (7,)])) and all(served(adam_mini, [(3,4), (6,5,3,3), (7,)]))
             and all(served(first_axis, [(3,4), (3,)])))
     assert (not any(served(middle, [(3,4,5)])) and not any(served(adafactor, [(6,5,3,3)], _channels_last))
@@ -318,7 +318,7 @@ def test_one_kernel_for_all_sizes():
 
 @pytest.mark.parametrize('mode', ['fused','foreach'])
 def test_gradient_release(mode):
-    "A parameter at a time, as its gradient comes"
+    "One parameter at a time, as its gradient comes"
     ps,qs,a,b = make(mode, [adafactor], [(3,4), (6,5,3,3), (7,), (40,500)], lr=.1)
     for i in range(3):
         grads(ps, qs, i)
@@ -329,7 +329,7 @@ def test_gradient_release(mode):
         same(ps, qs, a, b)
 
 def test_amp_takes_the_plain_way():
-    "GradScaler's scale and overflow reach a tape that has no GPU kernel"
+    "GradScaler's scale and overflow reach a tape without a GPU kernel"
     ps,qs,a,b = make('triton', [adafactor], [(3,4)], dtype=torch.float32, lr=.1)
     b.amp_scaling = True
     grads(ps, qs, 0)

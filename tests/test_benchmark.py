@@ -41,7 +41,7 @@ def test_plain_types(result): assert json.loads(json.dumps(result))==result
 
 
 def test_turns(monkeypatch):
-    "Every contestant steps once a round, and each round starts with another one"
+    "Every contestant steps once per round, and each round starts with a different one"
     log = []
     class Opt:
         state = {}
@@ -129,7 +129,9 @@ def test_own_modes(optimizer):
 
 
 def test_python_cost():
-    c = B.python_cost(rounds=2)
+    for _ in range(3): # a busy machine may make the longer step the faster one
+        c = B.python_cost(rounds=2)
+        if c['us_param']>0 and c['us_cohort']>0: break
     assert set(c['ms'])=={'1000 tensors, 1 groups','4000 tensors, 1 groups','1000 tensors, 101 groups'}
     assert c['us_param']==pytest.approx((c['ms']['4000 tensors, 1 groups']-c['ms']['1000 tensors, 1 groups'])/3)
     assert 0<c['us_param']<50 and 0<c['us_cohort']<5000
@@ -156,7 +158,7 @@ def test_limit_walks_every_stream(written, read):
         for i,s in enumerate(ss): s.fill_(i if i>=written else 0)
     lim.step(1.)
     for p,a,g,ss in zip(ps.params, before, ps.grads, lim.state):
-        # what is only read is added to what goes beside it: at most one at a time, and never more than four written
+        # streams that are only read are counted in addition: at most one at a time, and never more than four written
         assert torch.allclose(p.detach(), a+g+(written if read else 0), atol=1e-5)
         got = [(s-g).mean().item() for s in ss[:written]]
         goes = [written+i//4 if i//4<read else 0 for i in range(written)]
@@ -248,7 +250,7 @@ def test_peer_table_is_used():
 ONE = [(0,1,(16,8)), (0,0,(16,))]
 
 def test_catalogue_resumes(tmp_path, monkeypatch):
-    "What is measured is saved at once; an interrupted run goes on with what is left, and a complete one begins anew"
+    "Results are saved at once; an interrupted run continues with the rest, and a complete one starts again"
     from fastxtend_opt.definition import registry
     rows = [registry.get_optimizer(o) for o in ('adam','lamb','sgd')]
     monkeypatch.setattr(registry, 'list_optimizers', lambda *a, **k: rows)

@@ -28,17 +28,17 @@ def text(o): return ''.join(o) if isinstance(o, list) else o or ''
 def page_of(info): return ROOT/'nbs'/re.sub(r'\.html$', '.ipynb', info.page)
 
 def saved_catalogue():
-    "The table that the site shows"
+    "The table on the site"
     outs = [text(o.get('data', {}).get('text/html')) for c in cells(ROOT/'nbs'/'catalogue.ipynb') if c['cell_type']=='code'
             for o in c['outputs']]
     return next((o for o in outs if 'class="catalogue"' in o), '')
 
 def of_test_oracles():
-    "The older optimizers' oracles stand in test_oracles.py"
+    "The older optimizers' oracles are in test_oracles.py"
     import test_oracles
     return test_oracles.REFS
 
-# --- one function a part: what is missing, in words, or nothing -----------------------------------
+# --- one function per part: a description of what is missing, or None -----------------------------------
 
 def page(o):
     nb,src = page_of(o),f'algorithms/{page_of(o).name}'
@@ -104,7 +104,7 @@ def test_is_measured(name):
 
 @every
 def test_contestants_can_be_made(name):
-    "Every mode and every peer that the table names constructs and steps; who is not installed is said to be missing"
+    "Every mode and peer that the table names can be made and stepped; peers that are not installed are reported as missing"
     rows = [(0,1,(8,4)), (0,0,(8,))]
     found,missing = B.contestants(name, ('native','foreach','jit','fused'))
     have = {c.label for c in found}
@@ -117,7 +117,7 @@ def test_contestants_can_be_made(name):
         except Exception as e: pytest.fail(f'{name}: {c.label} does not step: {type(e).__name__}: {e}')
 
 def test_missing_parts_are_named():
-    "An optimizer that only registers is told everything that it lacks"
+    "For an optimizer that is only registered, everything that it lacks is named"
     ghost = registry.OptimizerInfo(name='ghost', func=get_optimizer('sgd').func, title='Ghost', paper='', year=2020, category='fixed',
                                    kind='elementwise', state=(),
                                    oracle='reference.Ghost', page='algorithms/ghost.html')
@@ -132,7 +132,7 @@ def test_missing_parts_are_named():
 # --- the table ------------------------------------------------------------------------------------
 
 class Table(HTMLParser):
-    "Rows of cells: what each is sorted by, its text, its links"
+    "Rows of cells: their sort keys, texts and links"
     def __init__(self, src):
         super().__init__()
         self.heads,self.rows,self.cell = [],[],None
@@ -184,7 +184,7 @@ def test_what_is_written_in_settings_is_escaped():
     assert page.count('<script>')==1 and '<a href="https://x.org/?a=1&amp;b=2">s</a>' in page and '<code>x&lt;y</code>' in page
 
 def test_it_sorts():
-    "The script in a real engine, where there is one: a click on a heading sorts, another turns the order"
+    "The script in a real browser, if there is one: a click on a heading sorts, another reverses the order"
     node,chromium = shutil.which('node'),shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
     assert re.search(r'<[a-zA-Z]', C._script.replace('<script>', ''))is None # the renderer would take it for a tag
     if not chromium: pytest.skip('needs chromium to run the script')
@@ -207,7 +207,7 @@ def test_it_sorts():
 # --- the template and the guide -------------------------------------------------------------------
 
 def test_template_runs():
-    "Every code cell of the template, in order, in a process of its own: what it shows to copy is true"
+    "Run every code cell of the template in order, in a separate process: the code that it shows works"
     code = ("import sys; from execnb.shell import CaptureShell; s = CaptureShell(); s.execute(sys.argv[1], exc_stop=True); "
             "assert 'signum' in s.user_ns, 'nothing ran'; assert s.user_ns['get_optimizer']('signum').title=='Signum'")
     r = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(ROOT/'nbs'/'algorithms'/'_template.ipynb')], capture_output=True,

@@ -1,4 +1,4 @@
-"`cautious=True` for every optimizer: the modes agree, or it is refused; with the other options too."
+"`cautious=True` for every optimizer: the modes agree or refuse it, also with the other options."
 import warnings
 from functools import partial
 
@@ -56,7 +56,7 @@ def test_who_refuses(): assert {n for n in NAMES if refused(n)} >= REFUSED and n
 
 @pytest.mark.parametrize('name', ['sgd','adam','lion'])
 def test_is_the_formula(name):
-    "Against the same optimizer without, step for step from the same state"
+    "Compared with the same optimizer without it, step by step from the same state"
     a = make_params(((9,),(4,5)), torch.float64, big=False, channels_last=False); b = copy_params(a)
     x,y,stream = make(name, a, wd=.1),make(name, b, wd=.1, cautious=False),GradStream(7)
     for i in range(10):
@@ -100,7 +100,7 @@ def test_low_precision(mode, kw):
     for a,b in zip(low['params'], full['params']): assert (a.float()-b).abs().max() < .03
     assert any('kahan_comp' in s for s in low['opt']['state']) == ('stochastic_rounding' not in kw)
 
-@all_modes
+@interpreted_slow(ALL_MODES)
 def test_small_steps_add_up_in_bfloat16(mode):
     "Steps far below the last bit of the weights are masked and kept in the compensation"
     p = nn.Parameter(torch.full((64,), 2., dtype=torch.bfloat16))
@@ -146,7 +146,7 @@ def test_gradient_release(mode):
 @pytest.mark.parametrize('dst', ['native','fused'])
 @pytest.mark.parametrize('src', ['native','foreach'])
 def test_checkpoints_cross_modes_and_the_option(src, dst):
-    "There is no state of its own"
+    "It has no state"
     ps = make_params(SHAPES_C, torch.float64, big=False, channels_last=False); opt = make('adam', ps, src)
     for i in range(4): GradStream().set(ps, i); opt.step()
     qs = copy_params(ps); new = make('adam', qs, dst); new.load_state_dict(detach_copy(opt.state_dict()))

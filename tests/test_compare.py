@@ -364,7 +364,7 @@ def test_cli_bad_arguments(args, say, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_interrupted_from_the_keyboard(tmp_path):
-    "Ctrl-C leaves the finished trainings, no process, and a report; the same command goes on"
+    "Ctrl-C leaves the finished trainings and a report, and no process; the same command continues"
     cmd = [sys.executable, '-m', 'fastxtend_opt', 'compare', '--only', 'adam,lion', '--tasks', 'table', '--seeds', '2', '--out',
            str(tmp_path), '--no-times']
     env = dict(os.environ, PYTHONPATH=str(ROOT))

@@ -1,4 +1,4 @@
-"""Wrappers round each other: as native in every mode, as the formulas say, one fused step; checkpoints go on bit for bit; what has no
+"""Wrappers around each other: as native in every mode, as the formulas say, one fused step; checkpoints continue bit for bit; what has no
 meaning is refused with a reason."""
 import copy,pickle,warnings
 import fastai.optimizer as fo,pytest,torch
@@ -55,7 +55,7 @@ def tol(mode): return dict(rtol=1e-9, atol=1e-11) if mode=='triton' else TOL[tor
 
 @both
 def test_modes_agree_and_checkpoints_resume(pair, mode):
-    "As native; a checkpoint goes on to the last bit, in a new optimizer"
+    "As native; a checkpoint continues bit for bit in a new optimizer"
     f = PAIRS[pair]
     def run(mode, save=True):
         ps = small(); opt = go(make(f, ps, mode), range(5), skip=[3])
@@ -119,7 +119,7 @@ def test_centralize_round_fastais_own():
 # ---------------------------------------------------------------- one step
 @pytest.mark.parametrize('pair', ['lookahead(cautious(adam))','centralize(schedule_free(lion))','lookahead(cautious(centralize(rules)))'])
 def test_one_launch_when_fused(pair):
-    "For all parameters, and none more for a wrapper"
+    "One launch for all parameters, and no more with a wrapper"
     ps = [p for p in small(torch.float32) if p.ndim>1]
     with backend_of('fused'),warnings.catch_warnings():
         warnings.simplefilter('ignore') # of rules for what has fewer axes
@@ -146,7 +146,7 @@ def test_in_a_learner(tmp_path):
         return losses(learn)
     assert_same(run(fused=True), run(), rtol=1e-4)
 
-# ---------------------------------------------------------------- what goes round what
+# ---------------------------------------------------------------- which wrapper takes which
 YES = ('lookahead:cautious centralize rules sam|cautious:centralize rules sam|schedule_free:centralize rules|'
        'centralize:lookahead cautious schedule_free rules sam|rules:cautious centralize rules|sam:lookahead cautious centralize rules')
 
@@ -176,7 +176,7 @@ def whole(p, **kwargs): pass
 whole.whole_model = True
 
 def test_refused_algorithms():
-    "By name; everything else in the registry goes, but for steps of several passes, and those that need more than a gradient"
+    "By name; everything else in the registry works, except steps of several passes and those that need more than a gradient"
     rows = [r for r in list_optimizers() if r.kind!='model' and not why_not(lambda f: f, r.factory())]
     no = {r.name:why for r in rows if (why := why_not(schedule_free, r.factory()))}
     assert set(no)=={'adabelief','apollo','madgrad','mars','swats','cadamw','clion','ranger','sgd_schedulefree','adamw_schedulefree',

@@ -38,7 +38,7 @@ KW = dict({r.name: dict(decouple_wd=True) for r in list_optimizers() if r.hypers
 pytestmark = pytest.mark.filterwarnings('error:.*decouple_lr') # a test that wants one says so
 
 def lrs_at(i, n=25):
-    "Two groups' learning rates: warmed up to `PEAKS`, annealed"
+    "Two groups' learning rates, warmed up to `PEAKS` and then annealed"
     top = min((i+1)/8, .5+.5*math.cos(math.pi*max(0, i-7)/n))
     return [o*top for o in PEAKS]
 
@@ -166,7 +166,7 @@ def test_optimi_gives_all_groups_the_calls_lr():
     ours = Adam([dict(params=ps[2], lr=.5), dict(params=ps[3])], lr=.1, decouple_lr=True, wd=0.)
     assert [g['max_lr'] for g in theirs.param_groups]==[.1,.1] and [h['max_lr'] for h in ours.hypers]==[.5,.1]
 
-# ---------------------------------------------------------------- max_lr as a hyper-parameter
+# ---------------------------------------------------------------- max_lr as a hyperparameter
 def two(): return [[nn.Parameter(torch.ones(2))],[nn.Parameter(torch.ones(3))]]
 
 @every
@@ -220,7 +220,7 @@ def test_a_stepper_of_ones_own(mode):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_without_max_lr_a_step_fails_and_changes_nothing(mode):
-    "A state of an optimizer without `decouple_lr` has none"
+    "The state of an optimizer without `decouple_lr` has none"
     p = make_params(dtype=torch.float64, big=False, channels_last=False)
     plain,opt = Adam(two_groups(copy_params(p)), .1),Adam(two_groups(p), .1, decouple_lr=True, wd=WD, **flags(mode))
     opt.load_state_dict(plain.state_dict())
@@ -258,7 +258,7 @@ def test_warns_of_a_high_wd():
     for wd,n in ((0.,0),(9.9e-4,0),(1e-3,1),(.1,1)):
         assert len(caught(lambda: Adam(two(), .1, wd=wd, decouple_lr=True)))==n
         assert len(caught(lambda: optimi.AdamW(two()[0], lr=.1, weight_decay=wd, decouple_lr=True)))==n
-    assert 'wd=0.01 is high' in caught(lambda: Adam(two(), .1, decouple_lr=True))[0] # Adam's default is one for decay beside lr
+    assert 'wd=0.01 is high' in caught(lambda: Adam(two(), .1, decouple_lr=True))[0] # Adam's default suits a decay that lr scales
     assert len(caught(lambda: Adam([dict(params=two()[0]),dict(params=two()[1],wd=.1)], .1, wd=0., decouple_lr=True)))==1
     assert not caught(lambda: Adam(two(), .1, wd=.5))
     msg = caught(lambda: ranger(decouple_lr=True)(two(), lr=.1))
@@ -266,7 +266,7 @@ def test_warns_of_a_high_wd():
 
 # ---------------------------------------------------------------- the Learner
 class Watch(Callback):
-    "lr and max_lr of each step, a row a group"
+    "lr and max_lr of each step, one row per group"
     order,run_valid = 90,False
     def before_fit(self): self.rows = []
     def before_step(self): self.rows.append([(h['lr'],h.get('max_lr', math.nan)) for h in self.opt.hypers])
@@ -382,7 +382,7 @@ def test_lr_find_reads_its_own_positions():
     with learn.added_cbs(LRFinder(1e-4, 1., num_it=20)): assert peak_lrs(learn)==pytest.approx([10**(-4+4*19/20)]*3)
 
 def test_start_epoch_goes_on_as_if_uninterrupted(tmp_path):
-    "The peak lies in the epochs that were done before"
+    "The peak is in the epochs that were done before"
     whole = synth(adam(decouple_lr=True, wd=9e-4))
     whole.fit_one_cycle(4, slice(1e-3,.1))
     class Stop(Callback):
@@ -466,7 +466,7 @@ def test_a_rate_from_elsewhere_raises_it():
     assert (peaks[:3]==.2).all() and (peaks[3:]==[.2,.3,.5]).all() and type(learn.opt.hypers[2]['max_lr']) is float
 
 def test_only_max_lr_and_only_numbers():
-    "TensorBoard logs every hyper-parameter"
+    "TensorBoard logs every hyperparameter"
     learn = synth()
     learn.fit_one_cycle(1, slice(1e-3,.1))
     assert all(isinstance(v, (int,float)) for h in learn.opt.hypers for v in h.values())
@@ -575,7 +575,7 @@ def test_learner_cbs_reach_the_fit_that_creates_the_optimizer():
     assert Fits.n==1
 
 def test_the_patch_survives_a_reload_and_others():
-    "Run in a process of its own: importing one algorithm is enough; a reload does not stack; a patch of someone else's stays"
+    "In a separate process: importing one algorithm is enough, a reload does not stack patches, and someone else's patch stays"
     code = '''
 import importlib,functools
 from fastai.learner import Learner

@@ -1,7 +1,5 @@
-"""The documentation: the site is rendered from the notebooks and looked through
-
-`make docs` renders the same site; tools/render_site.py refuses dead links and pages that the sidebar lacks, and that it does is tested here
-too."""
+"""The documentation: render the site from the notebooks and check it. `make docs` renders the same site. tools/render_site.py refuses dead
+links and pages that the sidebar lacks, which is tested here too."""
 import ast, dataclasses, fcntl, html, importlib, importlib.util, inspect, json, os, pickle, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +23,7 @@ algorithms = [s for s in sources if s.startswith('algorithms/')]
 modules = [s for s in sources if s.startswith(('engine/','optimizer/','definition/','algorithms/','training/','tools/'))]
 
 def processed():
-    "The processed notebooks; processed again where a notebook is newer"
+    "Process the notebooks that have changed; the folder of all processed ones"
     with open(root/'.docs.lock', 'w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         r = subprocess.run([sys.executable, str(root/'tools'/'process_notebooks.py')], capture_output=True, text=True)
@@ -35,7 +33,7 @@ def processed():
 
 @pytest.fixture(scope='session')
 def site(tmp_path_factory):
-    "The rendered site and its pages, made once a session: the first process to come here makes it, and others wait for it"
+    "The rendered site and its pages, made once per session: the first process makes it, and others wait for it"
     shared = tmp_path_factory.getbasetemp()
     if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
     out,known = shared/'site',shared/'site.pickle'
@@ -45,7 +43,7 @@ def site(tmp_path_factory):
     return out, pickle.loads(known.read_bytes())
 
 class Document(HTMLParser):
-    "What a page consists of, read from its HTML and not from what the renderer thought it wrote"
+    "The contents of a page, read from its HTML"
     def __init__(self, text):
         super().__init__()
         self.refs,self.ids,self.headings,self.images,self.math,self.text,self._h,self._main = [],set(),[],0,0,'',None,0
@@ -77,7 +75,7 @@ def test_site_has_every_page(site):
     for p in pages.values(): assert (out/p.out).is_file()
 
 def test_no_dead_links(site):
-    "Looked through independently of the renderer: every link of every page, sources included, leads to a file and an element of it"
+    "Independently of the renderer: every link of every page, including source pages, leads to a file and an element in it"
     out,_ = site
     docs,dead = documents(out),[]
     for name,d in docs.items():
@@ -92,13 +90,13 @@ def test_no_dead_links(site):
     assert not dead, '\n'.join(dead)
 
 def test_links_in_markdown_files():
-    for f in ('README.md','CONTRIBUTING.md','CHANGELOG.md'):
+    for f in ('README.md','CONTRIBUTING.md','CHANGELOG.md','tests/README.md'):
         for target in re.findall(r'\]\(([^)#\s]+)\)', (root/f).read_text(encoding='utf-8')):
-            if not urlsplit(target).scheme: assert (root/target).exists(), f'{f}: {target}'
+            if not urlsplit(target).scheme: assert ((root/f).parent/target).exists(), f'{f}: {target}'
 
 @pytest.mark.parametrize('src', sources)
 def test_page(site, src):
-    "A title, a line that says what it is, text; no output that is an error, no directive or markdown left over"
+    "A title, a one-line description, text; no error among the outputs, no directive or markdown left over"
     out,pages = site
     p = pages[src]
     d = Document((out/p.out).read_text(encoding='utf-8'))
@@ -111,7 +109,7 @@ def test_page(site, src):
 
 @pytest.mark.parametrize('src', modules)
 def test_page_documents_its_names(site, src):
-    "Every exported function and class has its place on the page, with a docstring"
+    "Every exported function and class has its heading on the page"
     nb = json.loads((root/'nbs'/src).read_text(encoding='utf-8'))
     cells = [''.join(c['source']) for c in nb['cells'] if c['cell_type']=='code']
     exported = [s for s in cells if re.search(r'^#\s*\|\s*exports?\b', s, re.M)]
@@ -192,7 +190,7 @@ def test_index_has_a_picture(site):
     d = Document((site[0]/'index.html').read_text(encoding='utf-8'))
     assert d.images>=1 and section(d, 'install') and section(d, 'first fit')
 
-# --- the renderer refuses what is wrong ----------------------------------------------------------
+# --- faults that the renderer refuses ----------------------------------------------------------
 
 def _nb(*cells, title='A page'):
     md = lambda s: dict(cell_type='markdown', metadata={}, source=s)
@@ -227,7 +225,7 @@ def test_renderer_refuses(tmp_path, pages, contents, fault):
     with pytest.raises(rs.SiteError, match=re.escape(fault)): _site(tmp_path, pages, contents)()
 
 def test_renderer_renders(tmp_path):
-    "Links, formulas, callouts, code and pictures of a small site, by what stands in the HTML"
+    "Links, formulas, callouts, code and pictures of a small site, read from its HTML"
     png = 'iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=='
     code = dict(cell_type='code', metadata={}, source='#| fig-cap: A dot\nx = 1',
                 outputs=[dict(output_type='display_data', metadata={}, data={'image/png': png})])

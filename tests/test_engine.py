@@ -1,4 +1,4 @@
-"Engine corners: phases, state that begins from values, shapes, layouts, errors that leave everything as it was"
+"Corner cases of the engine: phases, state that begins from values, shapes, layouts, errors that change nothing"
 import math
 import numpy as np, pytest, torch
 from torch import nn
@@ -52,25 +52,25 @@ def chained(p, lr, **kwargs):
     p.data.sub_(lr * v / (v.abs().amax() + .1))
 
 def value_state(p, lr, v=None, **kwargs):
-    "The first step is another one: v begins from the gradient, and the weights don't move"
+    "The first step differs: v begins from the gradient, and the weights don't move"
     if v is None: return dict(v=p.grad.data**2)
     p.data.sub_(lr * p.grad.data / (v.sqrt() + 1e-3))
     v.mul_(.9).addcmul_(p.grad.data, p.grad.data, value=.1)
     return dict(v=v)
 
 def shaped(p, lr, **kwargs):
-    "Looks at the shape: matrices and vectors go different ways"
+    "Looks at the shape: matrices and vectors are treated differently"
     p.data.sub_(p.grad.data, alpha=lr / math.sqrt(max(p.numel(), 1)) if p.ndim > 1 else lr)
 
 def scalar_state(p, lr, seen=None, **kwargs):
-    "State of one value a parameter, read again at the next step"
+    "State of one value per parameter, read again at the next step"
     if seen is None: seen = torch.zeros_like(p.grad.data.sum())
     seen.mul_(.5).add_(p.grad.data.abs().sum())
     p.data.sub_(lr * p.grad.data / (seen + 1))
     return dict(seen=seen)
 
 def rebinding(p, lr, a=None, b=None, **kwargs):
-    "State out of place, swapped, and numpy numbers"
+    "State made out of place, swapped state, and numpy numbers"
     if a is None: a,b = torch.zeros_like(p.data),torch.ones_like(p.data)
     a,b = b*np.float64(.5) + p.grad.data, a + np.float32(1)
     p.data.add_(np.float64(-lr) * (a - b).clamp(-1, 1))
@@ -214,7 +214,7 @@ def test_version_counter():
     with pytest.raises(RuntimeError, match='modified by an inplace operation'): loss.backward()
 
 def test_grads_are_not_kept_alive():
-    "A plan holds no gradient: dropping them frees their memory"
+    "A plan holds no gradients: dropping them frees their memory"
     import weakref
     p = nn.Parameter(torch.ones(3)); p.grad = torch.ones(3)
     opt = FusedOptimizer([p], [sgd_step], lr=.1); opt.step()
@@ -223,7 +223,7 @@ def test_grads_are_not_kept_alive():
     assert w() is None
 
 def test_compiler_without_openmp(monkeypatch, tmp_path):
-    "As Apple's clang: the kernel is built on std::thread, and gives the same"
+    "As with Apple's clang: the kernel uses std::thread, with the same results"
     from fastxtend_opt.engine import build, cpp
     real,seen = build._run_compiler,[]
     def run_(args, folder):

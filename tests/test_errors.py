@@ -1,4 +1,4 @@
-"Bad input: each kind, in each mode, its message, and that nothing has changed when it is raised."
+"Bad input of each kind in each mode: the message, and that the error changes nothing."
 import re
 from functools import partial
 
@@ -17,7 +17,7 @@ all_modes = pytest.mark.parametrize('mode', ALL_MODES)
 def two(**kw): return make_params([(3,),(2,4)], big=False, channels_last=False, **kw)
 
 def stepped(mode, name='adam', n=2, **kw):
-    "An optimizer of two parameters that has made `n` steps, with grads for the next one"
+    "An optimizer of two parameters after `n` steps, with gradients for the next one"
     params = two()
     opt = get_optimizer(name).func(params, lr=.1, **kw, **flags(mode))
     for i in range(n+1):
@@ -50,12 +50,12 @@ def test_gradients_that_can_not_be_stepped(spoil, exc, words, mode, first):
     params,opt = stepped(mode, n=first)
     spoil(params)
     refused(params, opt, exc, *words)
-    params[1].grad = None # and it goes on when what was wrong is gone
+    params[1].grad = None # and the next step works when the cause is gone
     opt.step()
     assert opt.state[params[0]]['step']==first+1
 
 def test_gradient_on_another_device():
-    "torch 2.15 refuses to attach such a gradient in any way, so the check is called by itself"
+    "torch 2.15 refuses to attach such a gradient in any way, so this calls the check directly"
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(RuntimeError): p.grad = torch.empty(3, device='meta')
     with pytest.raises(ValueError, match=r'shape \(3,\).*on cpu, its gradient on meta'): check_tensors(p, torch.empty(3, device='meta'))
@@ -156,13 +156,13 @@ UNSUPPORTED = [(branches,'bool'), (reads_item,'item'), (makes_float,'item'), (so
 @pytest.mark.parametrize('stepper,op', UNSUPPORTED, ids=[f.__name__ for f,_ in UNSUPPORTED])
 @modes
 def test_unsupported_operations(mode, stepper, op):
-    "Stepper, operation and the way out are named; the steppers before it in the list have changed nothing"
+    "The message names stepper, operation and remedy; the steppers before it in the list have changed nothing"
     params = two()
     opt = ENGINES[mode](params, [weight_decay, average_grad, stepper], lr=.1, wd=.1, mom=.9)
     GradStream().set(params, 0)
     msg = refused(params, opt, NotImplementedError, stepper.__name__, op, 'native')
     assert 'OPS' in msg or 'add_op' in msg
-    opt.cbs = opt.cbs[:2] + L(momentum_step) # it can go on without
+    opt.cbs = opt.cbs[:2] + L(momentum_step) # it can continue without
     opt.step()
     assert (opt.state[params[0]]['grad_avg']==params[0].grad).all()
 
@@ -252,7 +252,7 @@ BAD_HYPERS = [('lr',-.1), ('lr',float('nan')), ('lr',float('inf')), ('eps',-1e-8
 @pytest.mark.parametrize('name,key,v', [(n,k,v) for n in NAMES for k,v in BAD_HYPERS if (k=='lr' or k in get_optimizer(n).hypers)
                                         and v not in get_optimizer(n).ranges[k]])
 def test_bad_hypers(name, key, v, mode):
-    "Name, value and the range are in the message, from the function and (but for lr) from the factory"
+    "The message has name, value and range, from the function and (except for lr) from the factory"
     row = get_optimizer(name)
     words = rf'{key}={re.escape(repr(v))}.*must be'
     with pytest.raises(ValueError, match=words): row.func(two(), **{'lr':.1, key:v, **flags(mode)})

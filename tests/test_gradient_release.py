@@ -1,4 +1,4 @@
-"""Gradient release: the same weights as with the ordinary step, bit for bit, and no gradient left; what can't work says so."""
+"Gradient release: the same weights as with the ordinary step, bit for bit, and no gradient left; errors for what can't work."
 import copy,gc,json,os,pickle,subprocess,sys,textwrap,warnings
 from functools import partial
 
@@ -65,7 +65,7 @@ def train(name, mode, release, steps=9, dtype=torch.float32, call=True, **kw):
     return [p.detach().clone() for p in m.parameters()],detach_copy(opt.state_dict())
 
 def in_turn(i, name, mode):
-    "Those of `CORE` in each mode, the others in one; Triton's interpreter for a few"
+    "By default optimizers of `CORE` run in each mode, the others in one, and a few in Triton's interpreter"
     return name in INTERPRETED if mode=='triton' else name in CORE or mode==ALL_MODES[i%4]
 
 @pytest.mark.parametrize('name,mode', [slow(n, m, when=not in_turn(i, n, m)) for i,n in enumerate(NAMES) for m in ALL_MODES])
@@ -90,7 +90,7 @@ def test_without_calls_of_step(name):
     "In a loop that has no `opt.step()`: Lookahead counts backward passes"
     assert_bitwise(train(name, 'fused', True, call=False, steps=13), train(name, 'fused', False, steps=13))
 
-# ---------------------------------------------------------------- the optimizer goes on as ever
+# ---------------------------------------------------------------- the optimizer works as before
 def one(mode='fused', f=Adam, lr=.1, **kw):
     m = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
     opt = f([list(m[0].parameters()), list(m[1].parameters())], lr=lr, **flags(mode), **kw)
@@ -151,7 +151,7 @@ def test_frozen_when_prepared():
     assert not torch.equal(w, m.weight) and m.weight.grad is None
 
 def test_parameters_outside_of_the_model_and_of_the_optimizer():
-    "What the optimizer has beside the model is stepped by `step`; what it has not keeps its gradient"
+    "`step` steps the optimizer's parameters that are not in the model; the model's that are not in the optimizer keep their gradients"
     m,other = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),nn.Parameter(torch.ones(2))
     opt = SGD([*m[0].parameters(), other], lr=1., fused=True)
     prepare_for_gradient_release(m, opt)
@@ -164,7 +164,7 @@ def test_parameters_outside_of_the_model_and_of_the_optimizer():
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('f', [Adam, Ranger])
 def test_some_parameters_outside_of_the_model(f, mode):
-    "As a loss function may have: those are stepped by `step`, and it counts one step in all"
+    "As a loss function may have: `step` steps those, and counts one step in all"
     def run(release):
         torch.manual_seed(0)
         m,other = nn.Linear(3, 3),nn.Parameter(torch.ones(3))
@@ -190,7 +190,7 @@ def test_integer_parameter():
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_autograd_sees_the_step(mode, dtype):
-    """A second pass through the same graph, or a weight whose value is used beside, would give gradients of the new weights: an error in
+    """A second pass through the same graph, or a weight whose value is used elsewhere, would give gradients of the new weights: an error in
     each mode"""
     m,opt = one(mode)
     m.to(dtype)
@@ -203,7 +203,7 @@ def test_autograd_sees_the_step(mode, dtype):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_old_state_is_let_go(mode):
-    "Also by parameters that are frozen, and so are not stepped again"
+    "Also by frozen parameters, which are not stepped again"
     import weakref
     m,opt = one(mode)
     back(m); back(m)
@@ -227,8 +227,8 @@ class Fails(torch.autograd.Function):
 @pytest.mark.parametrize('f', [Adam, Ranger])
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_exception_in_backward(mode, f):
-    """What came before the exception is stepped, what comes after it is not; the next backward passes work, and Lookahead has not counted
-    the broken one"""
+    """Parameters before the exception are stepped, those after it are not; the next backward passes work, and Lookahead has not counted the
+    broken one"""
     m,opt = one(mode, f)
     start = detach_copy(m.state_dict())
     Fails.on = True
@@ -288,7 +288,7 @@ def test_keep_gradients():
     with keep_gradients(Adam(nn.Linear(2, 2).parameters(), lr=.1)): pass
 
 def test_gradients_from_elsewhere_are_stepped():
-    "`step` passes over nothing: a gradient that no hook has seen is there, and is stepped"
+    "`step` skips no gradient that the hooks have not seen"
     m,opt = one('fused', Ranger)
     w = m[0].weight.detach().clone()
     for p in m.parameters(): p.grad = torch.ones_like(p)
@@ -309,7 +309,7 @@ def test_lifetime(mode, f):
     pickle.loads(pickle.dumps(m)); both = copy.deepcopy((m, opt)); pickle.loads(pickle.dumps(opt))
     assert n_hooks(m2)==n_hooks(both[0])==0
     w = both[0][0].weight.detach().clone()
-    back(both[0]) # copies are stepped as ever
+    back(both[0]) # copies are stepped in the ordinary way
     assert torch.equal(w, both[0][0].weight)
     both[1].step()
     assert not torch.equal(w, both[0][0].weight) and (f is Adam or both[1].count==1)
@@ -333,7 +333,7 @@ def test_remove():
     assert opt.count==1
 
 def test_two_optimizers():
-    "As generator and critic have: each model is released by itself"
+    "As for a generator and a critic: each model is released separately"
     (a,oa),(b,ob) = one(),one()
     assert len(gr._releases)==2
     wa,wb = a[0].weight.detach().clone(),b[0].weight.detach().clone()
@@ -464,7 +464,7 @@ class At(Callback):
 
 @pytest.mark.parametrize('alive', [False, True])
 def test_new_optimizer_in_the_middle_of_a_fit(alive):
-    "Whether something keeps the old one alive or not"
+    "Whether or not something keeps the old one alive"
     learn = learner(adam(fused=True))
     learn.create_opt()
     old = learn.opt if alive else None
@@ -483,7 +483,7 @@ class Hooks(Callback):
 
 @pytest.mark.parametrize('what', [lambda l: l.get_preds(), lambda l: l.validate()], ids=['get_preds','validate'])
 def test_predictions_inside_of_a_fit(what):
-    "They have the events of a fit, and leave the release on"
+    "They run the events of a fit and leave the release on"
     learn = learner(adam(fused=True), GradientRelease())
     hooks = Hooks()
     def at(cb): what(cb.learn)
@@ -498,7 +498,7 @@ def test_added_to_a_running_fit():
 
 @pytest.mark.parametrize('exc', [CancelFitException, KeyboardInterrupt])
 def test_interrupted_fit(exc):
-    "The callback is taken off with the fit, and its hooks with it"
+    "The callback leaves with the fit, and its hooks with it"
     def stop(cb): raise exc()
     learn = learner(adam(fused=True))
     try: learn.fit(1, .01, cbs=[GradientRelease(), At('after_backward', stop)])
@@ -583,7 +583,7 @@ for kw in (dict(find_unused_parameters=True), dict(static_graph=True)):
     try: prepare_for_gradient_release(DDP(m, **kw), opt)
     except ValueError as e: assert 'find_unused_parameters' in str(e)
     else: raise AssertionError('not refused')
-prepare_for_gradient_release(m, opt) # no DDP: each process for itself, as ever
+prepare_for_gradient_release(m, opt) # no DDP: each process steps its own model
 m(torch.ones(1, 2)).sum().backward()
 assert m.weight.grad is None
 dist.barrier()
@@ -634,7 +634,7 @@ print(json.dumps(dict(n=n, gained=status('VmHWM')-before)))
 
 @pytest.mark.parametrize('mode', [*(pytest.param(m, marks=pytest.mark.slow) for m in ('native','jit')), 'fused'])
 def test_peak_memory(mode):
-    "Peak of a backward pass and a step above what stays: 4 bytes a parameter of gradients are gone, a fourth of what Adam's training holds"
+    "Peak memory of a backward pass and a step, above what stays: 4 bytes of gradients per parameter are gone, a fourth of Adam's training"
     def peak(release): return json.loads(subprocess.run([sys.executable, '-W', 'ignore', '-c', SCRIPT, str(release), mode],
                                                         capture_output=True, text=True, check=True,
         env={**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536'}).stdout)

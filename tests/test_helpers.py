@@ -1,4 +1,6 @@
 "The comparison helpers must fail where they should: every other test leans on them."
+from itertools import combinations
+
 import numpy as np,pytest,torch
 from fastcore.all import L
 from torch import tensor
@@ -67,3 +69,26 @@ def test_unchanged_sees_a_change():
     GradStream().set(p, 0)
     with pytest.raises(Mismatch):
         with unchanged(p, opt): opt.step()
+
+def test_less_noise_forgives_no_more_than_the_noise():
+    "Four times the largest difference of its tensor; structure, NaN, infinities and other tensors stay as they are"
+    b,noisy = {'x':[tensor([1.,2.]), 3], 'y':tensor([1.])},{'x':[tensor([1.,2.1]), 3], 'y':tensor([1.])}
+    def off(x, y=1.): return less_noise({'x':[tensor([1.,2.]) + x, 3], 'y':tensor([y])}, b, noisy)
+    assert same(off(.39), b, atol=1e-6) and same(off(-.39), b, atol=1e-6)
+    for o in (off(.5), off(-.5), off(0., 1.01), off(float('nan')), off(float('inf')),
+              less_noise({'x':[tensor([1.,2.])], 'y':tensor([1.])}, b, noisy)):
+        assert not same(o, b, atol=1e-3)
+    assert same(less_noise(b, b, {'x':[tensor([1.,float('nan')]), 3], 'y':tensor([1.])}), b)
+
+def test_nudged_stream_moves_the_last_bit():
+    for dtype in (torch.float32, torch.float64):
+        p,q = (torch.nn.Parameter(torch.zeros(400, dtype=dtype)) for _ in range(2))
+        GradStream(3).set([p], 5); NudgedStream(3, dtype=dtype).set([q], 5)
+        steps = ((q.grad.double()-p.grad.double())/ulp(p.grad))[p.grad!=0]
+        assert set(steps.tolist())=={-1.,1.}
+
+def test_pairwise_covers_and_repeats():
+    rows = [(a, b, c, d) for a in 'xyz' for b in range(4) for c in range(3) for d in 'pq' if (a, d)!=('z','q')]
+    pairs = lambda rs: {p for r in rs for p in combinations(enumerate(r), 2)}
+    few = pairwise(rows, group=lambda r: r[0], dear=lambda r: r[3]=='q' and r[0])
+    assert pairs(few)==pairs(rows) and len(few)<len(rows)/2 and few==pairwise(rows, group=lambda r: r[0], dear=lambda r: r[3]=='q' and r[0])

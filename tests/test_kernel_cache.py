@@ -1,4 +1,4 @@
-"The cache of compiled kernels: what it is keyed by, and that nothing that happens to a folder on disk harms a run."
+"The cache of compiled kernels: its keys, and that no damage to its folder harms a run."
 import ctypes,errno,os,shutil,subprocess,sys,tempfile,textwrap,time
 from pathlib import Path
 
@@ -15,7 +15,7 @@ SOURCE = 'extern "C" int answer() { return %d; }\n'
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    "A cache of one's own, empty; nothing loaded in this process is known"
+    "An empty private cache; libraries that this process has loaded are forgotten"
     path = tmp_path/'kernels'
     monkeypatch.setenv('FASTXTEND_OPT_CACHE', str(path))
     monkeypatch.setattr(build, '_libs', {})
@@ -23,7 +23,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def compiles(monkeypatch):
-    "List of the sources that are really compiled"
+    "The sources that are actually compiled"
     done,f = [],build._compile
     monkeypatch.setattr(build, '_compile', lambda source, folder: (done.append(source), f(source, folder))[1])
     return done
@@ -32,7 +32,7 @@ def answer(path): return ctypes.CDLL(str(path)).answer()
 def kept(cache): return sorted(p for p in cache.iterdir() if not p.name.startswith('.'))
 
 def run_python(code, **env):
-    "Run `code` in a new process of its own"
+    "Run `code` in a new process"
     env = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS':'1', **env}
     return subprocess.run([sys.executable, '-c', textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=110)
 
@@ -116,7 +116,7 @@ def test_damaged_library_is_built_anew(cache, compiles, damage):
     assert len(kept(cache))==1 and not list(cache.glob('.build-*'))
 
 def test_a_killed_build_leaves_nothing_in_the_way(cache, compiles):
-    "Killed in the middle of its work: the next one builds, and what an old one left is swept"
+    "A build killed halfway: the next one builds, and old remains are removed"
     code = f'''
         import os,signal
         from fastxtend_opt.engine import build
@@ -142,7 +142,7 @@ def test_a_failed_compilation_says_so_and_leaves_nothing(cache):
 
 # ---------------------------------------------------------------- several at once
 def test_several_processes_build_the_same_kernel(cache):
-    "Four processes start at one moment on an empty cache: each gets its kernels, and one library of each is left"
+    "Four processes start together on an empty cache: each gets its kernels, and one library of each remains"
     code = '''
         import os,time,ctypes
         from fastxtend_opt.engine.build import build_library
@@ -309,7 +309,7 @@ def test_a_compiler_that_can_not_be_started(cache, monkeypatch, tmp_path):
 # ---------------------------------------------------------------- no compiler
 @pytest.mark.parametrize('env', [dict(CXX='/nonexistent/c++'), dict(PATH='/nonexistent', CXX='')], ids=['CXX','PATH'])
 def test_no_compiler(cache, monkeypatch, env):
-    "The message has the remedy, no weight changes, and foreach works"
+    "The message names the remedy, no weight changes, and foreach works"
     from fastxtend_opt.engine import cpp
     monkeypatch.setattr(cpp, '_kernels', {})
     for k,v in env.items(): monkeypatch.setenv(k, v)

@@ -1,4 +1,4 @@
-"The optimizers in fastai's Learner, on real data: in each scenario every mode's loss of every batch is native's, to 1e-4 relative."
+"The optimizers in fastai's Learner on real data: every mode's loss of every batch equals native's to 1e-4, in each scenario."
 import os,subprocess,sys,threading
 from functools import lru_cache,partial
 from pathlib import Path
@@ -21,7 +21,7 @@ RTOL = 1e-4
 SCENARIOS = {}
 
 def scenario(opt, **kwargs):
-    "Register a training: `f(learn, path)` is run with a Learner in each mode; what it returns is compared too"
+    "Register a training: `f(learn, path)` runs with a Learner in each mode; its result is compared too"
     def _inner(f):
         SCENARIOS[f.__name__] = (f,opt,kwargs)
         return f
@@ -201,7 +201,7 @@ def early_stopping(learn, path):
     assert len(learn.record.valid_losses)==2 and len(learn.record.train_losses)==12
 
 class _ToImages(Callback):
-    "Inputs of fastai's own tensor class, as its vision pipelines give them"
+    "Inputs of fastai's tensor class, as its vision pipelines produce them"
     def before_batch(self): self.learn.xb = tuple(TensorImageBW(o) for o in self.xb)
 
 @scenario('adam')
@@ -222,7 +222,7 @@ def to_bf16(learn, path): _mixed(learn.to_bf16())
 def to_fp16(learn, path): _mixed(learn.to_fp16())
 
 class CPUMixedPrecision(MixedPrecision):
-    "fastai's callback with autocast and loss scaling of the CPU"
+    "fastai's callback with autocast and loss scaling for the CPU"
     def before_fit(self):
         dtype = torch.bfloat16 if self.amp_mode==AMPMode.BF16 else torch.float16
         self.autocast,self.scales = autocast('cpu', dtype=dtype),L()
@@ -247,7 +247,7 @@ def autocast_fp16_with_overflow(learn, path):
     return amp.cancelled
 
 class CPUNonNative(NonNativeMixedPrecision):
-    "fastai's float32 master weights beside a float16 model, without its demand for CUDA"
+    "fastai's float32 master weights for a float16 model, without its check for CUDA"
     def before_fit(self):
         if self.learn.opt is None: self.learn.create_opt()
         self.model_pgs,self.master_pgs = get_master(self.opt, self.flat_master)
@@ -300,7 +300,7 @@ CHECKPOINTED = dict(adam=4e-3, ranger=8e-3, larc=.2)
 
 @pytest.fixture(scope='module')
 def saved(tmp_path_factory):
-    "A training of ten steps saved in a mode: folder, and losses of an epoch more"
+    "Train for ten steps in a mode and save: the folder, and the losses of one more epoch"
     def _inner(name, mode):
         path = tmp_path_factory.mktemp(f'{name}_{mode}')
         learn = learner(name, mode, path, dls_kw=dict(n_train=320))
@@ -333,7 +333,7 @@ def test_save_and_load_across_modes(saved, name, mode, into):
 
 @interpreted_slow(ALL_MODES)
 def test_state_matters(saved, mode):
-    "Without the optimizer's state the losses are others: the comparison above sees what it is meant to"
+    "Without the optimizer's state the losses differ, so the comparison above depends on it"
     path,after = saved('adam', mode)
     learn = learner('adam', mode, path)
     with no_warnings(_numpy): learn.load('ten', with_opt=False)
@@ -362,7 +362,7 @@ def test_export_and_load_learner(mode, name, tmp_path):
     data = dls(seed=5)
     preds = learn.get_preds(dl=data.valid)[0]
     assert_bitwise(loaded.get_preds(dl=data.valid)[0], preds)
-    # both go on: the exported one with its state, the loaded one with a new optimizer of the same kind
+    # both continue: the exported one with its state, the loaded one with a new optimizer of the same kind
     loaded.dls = data
     loaded.fit(1, 4e-3)
     assert type(loaded.opt) is type(learn.opt)
@@ -379,7 +379,7 @@ def test_export_and_load_learner(mode, name, tmp_path):
 # ---------------------------------------------------------------- threads and processes
 @interpreted_slow(ALL_MODES)
 def test_fit_in_a_thread(native, mode, threads):
-    "Two Learners train at once in two threads, undisturbed by each other, each with two threads of its own in a step"
+    "Two Learners train at the same time in two threads without disturbing each other; a step uses two threads"
     if mode=='fused': threads(2)
     jobs = [learner('adam', mode, dls_kw=SHORT),learner('ranger', mode, dls_kw=SHORT)]
     errors = []
@@ -412,7 +412,7 @@ for step_first in (False,True):
 print('all trained')
 """
 def test_data_loader_workers():
-    "Two worker processes, forked before and after fused steps; in a process of its own, so that a deadlock ends in a failure"
+    "Two worker processes, forked before and after fused steps; in a separate process, so that a deadlock is a failure"
     here = Path(__file__).parent
     env = {**os.environ, 'OMP_NUM_THREADS':'2', 'OMP_WAIT_POLICY':'passive',
            'PYTHONPATH':os.pathsep.join([str(here), str(here.parent), os.environ.get('PYTHONPATH','')])}

@@ -1,4 +1,4 @@
-"Models and Learners in bfloat16: what is cast and what stays, inputs, saving and loading across modes, accuracy beside float32, memory"
+"Models and Learners in bfloat16: which tensors are cast, inputs, saving and loading across modes, accuracy compared with float32, memory"
 import copy,subprocess,sys,warnings
 from collections import OrderedDict,namedtuple
 from functools import partial
@@ -221,7 +221,8 @@ def test_as_float32_in_each_mode(mode, name):
                                      for m in ('native','foreach','jit') for n in ('adam','ranger')])
 def test_saved_and_loaded_across_modes(tmp_path, name, to):
     "Weights, compensation and generator bit-exactly, and on from there as the mode itself would"
-    a,b = (learner(m, name=name, path=tmp_path).to_low_precision() for m in ('fused',to))
+    few = dict(n_train=128)
+    a,b = (learner(m, name=name, path=tmp_path, dls_kw=few).to_low_precision() for m in ('fused',to))
     a.fit(1, 4e-3)
     a.save('half')
     b.load('half', with_opt=True)
@@ -229,13 +230,13 @@ def test_saved_and_loaded_across_modes(tmp_path, name, to):
     x,y = (detach_copy(l.opt.state_dict()) for l in (a,b))
     assert_bitwise(y, x)
     assert any('kahan_comp' in s and s['kahan_comp'].abs().sum()>0 for s in x['state']) and any('sr_step' in s for s in x['state'])
-    c = learner(name=name, path=tmp_path).to_low_precision().load('half', with_opt=True)
+    c = learner(name=name, path=tmp_path, dls_kw=few).to_low_precision().load('half', with_opt=True)
     for l in (a,b,c):
-        l.dls = lu.dls(seed=5)
+        l.dls = lu.dls(seed=5, **few)
         l.fit(1, 4e-3)
     assert_bitwise(bits(c.model), bits(a.model))
     assert_bitwise(detach_copy(c.opt.state_dict()), detach_copy(a.opt.state_dict()))
-    assert_same(torch.tensor(b.record.train_losses[-12:]), torch.tensor(a.record.train_losses[-12:]), rtol=.1, atol=.02)
+    assert_same(torch.tensor(b.record.train_losses[-4:]), torch.tensor(a.record.train_losses[-4:]), rtol=.1, atol=.02)
 
 def test_float32_checkpoint_loads(tmp_path):
     a = learner(path=tmp_path)
@@ -256,7 +257,7 @@ def test_export(tmp_path):
         got = load_learner(tmp_path/'export.pkl')
     assert_bitwise(bits(got.model), bits(learn.model))
     assert_same(got.get_preds(dl=learn.dls.valid)[0], want, atol=1e-6)
-    learn.fit(1, 4e-3) # goes on, with its state
+    learn.fit(1, 4e-3) # continues with its state
 
 def test_again_and_after_a_fit():
     learn = learner()

@@ -1,4 +1,4 @@
-"`bench --matrices`: cases, what is missing, goals, the report"
+"`bench --matrices`: cases, missing contestants, goals, the report"
 import json
 
 import pytest,torch
@@ -41,7 +41,8 @@ def test_gradients_take_turns():
 def test_turns_and_goals():
     res = B.bench_matrix_case(SMALL, rounds=3, warmup=1)
     assert [r['contestant'] for r in res['rows']] == ['fastxtend_opt native','fastxtend_opt foreach','torch Muon'] and not res['missing']
-    assert len(res['order']) == 3 and sorted(map(tuple, res['order'])) != [tuple(res['order'][0])]*3 # another one begins each round
+    # each round begins with a different one
+    assert len(res['order']) == 3 and sorted(map(tuple, res['order'])) != [tuple(res['order'][0])]*3
     assert (res['goal']['value'] == pytest.approx(res['rows'][2]['step']['median']/res['rows'][1]['step']['median'])
             and res['goal']['reached'] is (res['goal']['value'] >= 1.5))
     assert B.bench_matrix_case(SMALL._replace(goal=None), 1, 0)['goal']['reached'] is None

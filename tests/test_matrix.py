@@ -23,9 +23,9 @@ N,AT = 25,(0,1,5,6,12,24) # 5: Ranger's first synchronisation; 6: RAdam's rectif
 N_TRITON = 13 # steps of the default cells in Triton's interpreter, which is slow
 LR = 1e-2
 
-# ---------------------------------------------------------------- what an optimizer's options are, read off its signature
+# ---------------------------------------------------------------- an optimizer's options, read from its signature
 def options(name):
-    "One dict of keywords an option beyond the defaults: flags flipped, `mom` off or on, coefficients that default to 0 set"
+    "The defaults, and one dict of keywords per option: flags flipped, `mom` off or on, coefficients that default to 0 set"
     res = [{}]
     for k,v in ROWS[name].hypers.items():
         if k in ('wd','decouple_wd'): continue
@@ -52,7 +52,7 @@ def plain(i, opt, params, stream): stream.set(params, i)
 
 @scenario
 def no_decay_on_some(i, opt, params, stream):
-    "As Learner's `wd_bn_bias=False`: set right after construction; and, for one tensor, taken back later"
+    "As Learner's `wd_bn_bias=False`: set right after construction and, for one tensor, reset later"
     if i==0:
         for p in params[::2]: opt.state[p]['do_wd'] = False
     if i==9: opt.state[params[0]]['do_wd'] = True
@@ -63,7 +63,7 @@ def group_without_grads(i, opt, params, stream): stream.set(params, i, skip=rang
 
 @scenario
 def late_and_vanishing(i, opt, params, stream):
-    "Grads that first come at step 2*j, and are away for a while"
+    "Gradients that first come at step 2*j and are missing for a while"
     stream.set(params, i, skip=[j for j in range(len(params)) if i < 2*j%7 or (8+j <= i < 12+j)])
 
 @scenario
@@ -71,8 +71,7 @@ def no_grads_at_first(i, opt, params, stream): stream.set(params, i, skip=range(
 
 @scenario
 def freeze_unfreeze(i, opt, params, stream):
-    """As `learn.freeze()` and `unfreeze()`: grads of frozen tensors stay as zeros; `force_train` keeps one training; `clear_state` both
-    times"""
+    "As `learn.freeze()` and `unfreeze()`: gradients of frozen tensors stay zero, `force_train` keeps one training, both clear the state"
     if i==0: opt.state[params[1]]['force_train'] = True
     if i==6:  opt.freeze_to(1);  opt.clear_state()
     if i==15: opt.unfreeze();    opt.clear_state()
@@ -124,7 +123,7 @@ def spikes(i, opt, params, stream):
 
 @scenario
 def life(i, opt, params, stream):
-    "All of the above in one: what an optimizer that is not one of `CORE` is tried with by default"
+    "All of the above in one"
     if i==0:
         for p in params[::2]: opt.state[p]['do_wd'] = False
         opt.set_hyper('lr', slice(LR/10, LR))
@@ -142,13 +141,13 @@ def trajectory(name, mode, option, decay, dtype, scen, n=N, nudged=False):
     return run_trajectory(opt_func(name, mode, **kw), n, dtype, SCENARIOS[scen], at=AT, stream=stream)
 
 def tolerance(dtype, scen, name=''):
-    """Relative to values of order 1, with spikes to the thousands that cancel in the averages, to undamped sums (AggMo's reach 20, and
-    cancel) and to an average over a floor of .01 (Apollo's)"""
+    """For values of order 1; larger for spikes of thousands that cancel in the averages, for undamped sums (AggMo's reach 20 and cancel),
+    and for an average divided by a floor of 0.01 (Apollo's)"""
     tol = TOL[dtype]
     return {**tol, 'atol': tol['atol']*(1e3 if scen=='spikes' else dict(aggmo=10, apollo=100).get(name, 1))}
 
 def comparable(snap, name, dtype):
-    "A snapshot without the state that rounding decides in float32 (`ROUNDED` of the oracle's module)"
+    "A snapshot without the state that rounding decides in float32 (`ROUNDED` in the oracle's module)"
     names = () if dtype is torch.float64 else getattr(oracles.load().get(name), 'ROUNDED', ())
     return {**snap, 'opt':{**snap['opt'], 'state':[{k:v for k,v in st.items() if k not in names}
                                                    for st in snap['opt']['state']]}} if names else snap
@@ -160,7 +159,7 @@ def check(name, mode, option, decay, dtype, scen, n=N):
     for i in got:
         a,b = (comparable(o[i], name, dtype) for o in (got, ref))
         try: assert_same(a, b, **tol)
-        except Mismatch: # some cells amplify the last bit, native by itself just as much
+        except Mismatch: # some cells amplify the last bit, also within native
             if noisy is None: noisy = trajectory.__wrapped__(name, 'native', option, decay, dtype, scen, n, nudged=True)
             assert_same(less_noise(a, b, comparable(noisy[i], name, dtype)), b, **tol, path=f'step {i}')
 
@@ -190,7 +189,7 @@ DEFAULT = default_cells(CELLS)
 MATRIX = [slow(*c, when=c not in DEFAULT, id='-'.join(map(str, c))) for c in CELLS if c in DEFAULT or helpers.SLOW]
 
 def test_default_cells_cover_all_pairs():
-    """Every two values of two columns that any cell has together, a default cell has together; so every optimizer meets every mode and
+    """Any two values of two columns that occur in a cell together occur in a default cell together; every optimizer meets every mode and
     scenario"""
     for i,j in combinations(range(6), 2):
         missing = {(c[i],c[j]) for c in CELLS} - {(c[i],c[j]) for c in DEFAULT}
@@ -212,7 +211,7 @@ def test_state_is_what_the_row_says(name):
     opt.step()
     assert {k for k,v in opt.state[params[0]].items() if isinstance(v, torch.Tensor)} <= set(ROWS[name].state)
 
-DOWN = dict(adadelta=1., prodigy=1., muon=1.) # its first steps are lr*.003; its lr is 1; a vector's rate is lr*.015
+DOWN = dict(adadelta=1., prodigy=1., muon=1.) # Adadelta's first steps are lr*.003, Prodigy's lr is 1, Muon's rate for a vector is lr*.015
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
@@ -222,7 +221,7 @@ def test_goes_downhill(name, mode): goes_downhill(name, mode)
 def test_goes_downhill_natively(name): goes_downhill(name, 'native')
 
 def goes_downhill(name, mode):
-    "A quadratic with its minimum at 3: 60 steps come nearer"
+    "60 steps on a quadratic come closer to its minimum at 3"
     p = nn.Parameter(torch.full((5,), 1., dtype=torch.float64))
     opt = ROWS[name].func([p], lr=DOWN.get(name, .05), **decays(name)['none'], **flags(mode))
     for _ in range(60):
@@ -241,15 +240,15 @@ def cast(o, dtype):
 # the last bit of a sum, which a fused multiply-add may change, decides the direction of a step
 SIGNS = ('lion','sophia',*(n for n,o in oracles.load().items() if getattr(o, 'SIGNED', False)))
 def as_signed(got, want, lr):
-    "`want`, with `got` at the elements (1 in 10,000 at most) that took a step of `lr` elsewhere: back, or none"
+    "`want`, with `got` at the elements (at most 1 in 10,000) that took a step of `lr` in another direction, or none"
     far = [(a.double()-b.double()).abs() for a,b in zip(got, want)]
     off = [(d > lr/2) & (d < 5/2*lr) & (d > ulp(b)) for d,b in zip(far, want)]
     assert sum(int(o.sum()) for o in off) <= 1e-4*sum(o.numel() for o in off)
     return [torch.where(o, a, b) for o,a,b in zip(off, got, want)]
 
 CANCEL = 4*2**-24 # the float32 rounding of a sum of values of order 1
-# and what comes of it further on: the last bit of a masked optimizer's step decides whether the element is let through, and one more or
-# less in 10,000, about half of which are, changes the factor of all steps by 1e-4/.5 of 1/.5; Apollo divides by no less than .01
+# Its consequences: the last bit of a masked optimizer's step decides whether an element passes the mask. About half do, and one more or
+# less in 10,000 changes the factor 1/.5 of all steps by 1e-4/.5 of itself. Apollo divides by at least .01.
 CANCELS = dict(cadamw=4e-4*LR, clion=4e-4*LR, apollo=100*CANCEL)
 LOW = {'bf16': torch.bfloat16, 'f16': torch.float16}
 LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled') != (t=='f16')
@@ -260,9 +259,9 @@ LOWCASES = [pytest.param(n, d, t, id=f'{n}-{d}-{t}', marks=() if ((d=='decoupled
     slow(*c.values, m, id=f'{c.id}-{m}', when=bool(c.marks) or (m=='triton' and c.values[0] not in INTERPRETED))
     for c in LOWCASES for m in ('fused','triton')])
 def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
-    """Each fused step of bfloat16/float16 storage is a float32 step from the same stored values, rounded to storage at its end: at most one
-    ulp off native's float32 step, whose own sums may fall on the other side of a rounding boundary. Where a sum of values of order 1
-    cancels, its float32 rounding is more than an ulp of what is left, hence the absolute part."""
+    """Each fused step with bfloat16 or float16 storage is a float32 step from the same stored values, rounded once at its end: at most one
+    ulp from native's float32 step, whose sums may fall on the other side of a rounding boundary. Where a sum of values of order 1 cancels,
+    its float32 rounding is more than an ulp of the remainder, hence the absolute part."""
     kw,dtype,cancel = decays(name)[decay],LOW[dtype],max(CANCEL, CANCELS.get(name, 0))
     params,stream = make_params(dtype=dtype),GradStream(1)
     opt = opt_func(name, mode, kahan_sum=False, **kw)(two_groups(params))
@@ -280,16 +279,16 @@ def test_fused_low_precision_rounds_once(name, decay, dtype, mode):
         got,state = detach_copy(opt.state_dict()),cast(twin.state_dict(), dtype)
         for p,st,wide in zip(params, state['state'], twin.state_dict()['state']): # matrices stay in float32
             st.update((k, v.clone()) for k,v in wide.items() if isinstance(v, torch.Tensor) and kind_of(v.shape, p.shape)[0]=='o')
-        # sums over the model are among them, in another order
+        # they include sums over the model, which are made in another order
         if ROWS[name].kind=='model': assert_same(got.pop('hypers'), state.pop('hypers'), rtol=1e-5, atol=1e-10)
         assert_ulps(got, state, 1, cancel, f'step {i}')
 
 @pytest.mark.parametrize('mode', ['foreach','jit'])
 @pytest.mark.parametrize('name,decay,dtype', LOWCASES)
 def test_low_precision_rounds_as_native(name, decay, dtype, mode):
-    """foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps. torch sums a tensor in the
-    order of its layout and of its shape, which these modes may flatten: for a reduction one step within an ulp of the value or of the
-    update is asked."""
+    """foreach and jit run native's operations, each of which rounds to storage: the same bits after three steps. torch's order of summation
+    depends on a tensor's layout and shape, and these modes may flatten it, so optimizers with reductions are compared after one step, to an
+    ulp of the value or of the update."""
     kw,dtype = decays(name)[decay],LOW[dtype]
     a,b = (run_trajectory(opt_func(name, m, kahan_sum=False, **kw), 3, dtype, no_decay_on_some) for m in (mode,'native'))
     if ROWS[name].kind=='elementwise':
@@ -301,7 +300,7 @@ def test_low_precision_rounds_as_native(name, decay, dtype, mode):
 FASTAI_SAFE = [L, np._core.multiarray.scalar, np.dtype, *[getattr(np.dtypes, o) for o in np.dtypes.__all__]]
 
 def through_file(sd):
-    "What `learn.save` and `learn.load` make of a state_dict"
+    "A state dict as `learn.save` and `learn.load` return it"
     f = io.BytesIO()
     torch.save(sd, f)
     f.seek(0)
@@ -324,8 +323,8 @@ def _go_on(params, opt, n=6):
     return snapshot(params, opt)
 
 def _crossings(name):
-    """Each mode to each. By default one that is not of `CORE` goes from each mode to itself, and from native on in a circle; Triton's
-    interpreter comes in for a few, to itself and to native and back."""
+    """Every pair of modes. By default, optimizers outside `CORE` go from each mode to itself and to the next one in a circle. Triton's
+    interpreter has a few: to itself, to native and back."""
     circle = [m for m in ALL_MODES if m!='triton']
     def default(a, b):
         if 'triton' in (a,b): return name in INTERPRETED and (a==b or 'native' in (a,b))
@@ -334,12 +333,12 @@ def _crossings(name):
 
 @pytest.mark.parametrize('name,src,dst', [c for n in NAMES for c in _crossings(n)])
 def test_checkpoint_crosses_modes(name, src, dst):
-    "Saved in any mode, loaded in any other; bit-exact within a mode"
+    "Saved in one mode, loaded in another; bit-exact within a mode"
     params,opt = _trained(name, src)
     sd = through_file(opt.state_dict())
     twins = copy_params(params)
     new = opt_func(name, dst)(two_groups(twins))
-    GradStream(9).set(twins, 0) # it had a life before: what it knew must go
+    GradStream(9).set(twins, 0) # it has state already, which must be replaced
     new.step()
     for p,q in zip(params, twins): q.data.copy_(p.data)
     new.load_state_dict(sd)
@@ -375,7 +374,7 @@ def test_loading_leaves_its_argument_alone(name, mode):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
 def test_state_dict_is_plain(name, mode):
-    "Only what `weights_only=True` takes, with a dict a parameter and a dict a group, in the order of parameters"
+    "Only types that `weights_only=True` accepts, one dict per parameter and one per group, in order"
     params,opt = _trained(name, mode)
     sd = opt.state_dict()
     assert len(sd['state'])==len(params) and len(sd['hypers'])==2
@@ -392,7 +391,7 @@ def test_state_dict_is_plain(name, mode):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
 def test_checkpoint_before_first_step_and_after_clear_state(name, mode):
-    "`lr_find` saves the state before the first step and restores it after many: everything learnt since must go"
+    "`lr_find` saves the state before the first step and restores it after many: everything since must be forgotten"
     params = make_params(dtype=torch.float64, big=False)
     opt = opt_func(name, mode)(two_groups(params))
     opt.state[params[1]]['do_wd'] = False
@@ -439,12 +438,12 @@ def test_a_wrong_checkpoint_changes_nothing(name, mode):
     opt2.load_state_dict(good)
     assert_bitwise(_go_on(params, opt), _go_on(params2, opt2)) # and it still works
 
-# ---------------------------------------------------------------- what a step must leave alone
+# ---------------------------------------------------------------- what a step must not change
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
 def test_step_keeps_storage_and_objects(name, mode):
-    "Parameters keep their storage; so do state tensors, as far as native keeps them"
+    "Parameters and gradients keep their storage and stay the same objects"
     params = make_params(dtype=torch.float32, big=False)
     opt,ref = opt_func(name, mode)(two_groups(params)),None
     ptrs,ids = [p.data_ptr() for p in params],[id(p) for p in params]
@@ -461,8 +460,7 @@ def test_step_keeps_storage_and_objects(name, mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_autograd_sees_the_step(mode):
-    """A graph made before the step must refuse to run after it (native's `p.data` hides the change: gradients are wrong there without a
-    word)"""
+    "A graph made before the step must refuse to run after it (native's `p.data` hides the change, so gradients are silently wrong there)"
     p = nn.Parameter(torch.ones(4))
     opt = opt_func('adam', mode)([p])
     p.grad = torch.ones(4)
@@ -489,7 +487,7 @@ def test_l2_adds_nothing_where_do_wd_is_false(name, mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_grad_is_left_as_native_leaves_it(mode):
-    "L2 writes into `p.grad`, decoupled decay does not: all modes do what native does"
+    "L2 writes into `p.grad`, decoupled decay does not, in all modes as in native"
     for kw in (dict(wd=.3, decouple_wd=False), dict(wd=.3), dict(wd=0.)):
         a,b = (run_trajectory(opt_func('adam', m, **kw), 3, torch.float64, no_decay_on_some) for m in (mode,'native'))
         for i in a: assert_same(a[i]['grads'], b[i]['grads'], **TOL[torch.float64])
@@ -517,7 +515,7 @@ def test_zero_grad(mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_zero_grad_detaches(mode):
-    "A grad that is part of a graph is cut off, as fastai does"
+    "A gradient that is part of a graph is detached, as in fastai"
     p = nn.Parameter(torch.ones(3))
     opt = opt_func('sgd', mode)([p])
     torch.autograd.grad((p**3).sum(), p, create_graph=True)
@@ -545,7 +543,7 @@ def test_optimizer_is_truthy_and_has_fastais_interface(mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_param_lists_can_be_replaced(mode):
-    "NonNativeMixedPrecision swaps in float32 masters and moves the state over"
+    "NonNativeMixedPrecision swaps in float32 masters and moves the state to them"
     res = []
     for m in (mode,'native'):
         params = make_params(dtype=torch.float32, big=False)
@@ -634,7 +632,7 @@ def s_reductions(p, lr, **kwargs):
     p.data.sub_(u*lr)
 
 def s_two_phases(p, lr, avg=None, **kwargs):
-    "A reduction of what another reduction made, and state between"
+    "A reduction of another reduction's result, with state in between"
     g = p.grad.data/(p.grad.data.norm() + 1)
     avg = torch.zeros_like(g) if avg is None else avg
     avg.mul_(.9).add_(g)
@@ -653,20 +651,20 @@ def s_numpy_scalars(p, lr, **kwargs):
     p.data.add_(p.grad.data, alpha=np.float64(-lr))
 
 def s_scalar_tensor_state(p, lr, scale=None, **kwargs):
-    "State that is a number a tensor: the running norm of the gradient"
+    "State with one number per tensor: the running norm of the gradient"
     n = p.grad.data.norm()
     scale = n if scale is None else scale*.9 + n*.1
     p.data.sub_(p.grad.data/(scale + 1e-3)*lr)
     return {'scale': scale}
 
 def s_scalar_tensor_changed_last(p, lr, scale=None, other=None, **kwargs):
-    "Numbers a tensor that the elements use before they change, and that swap"
+    "Numbers per tensor that the elements use before they change, and that swap"
     if scale is None: scale,other = p.data.mean() + 2,p.grad.data.norm()
     p.data.sub_(p.grad.data*scale*lr)
     return {'scale': other*.5, 'other': scale.clone()}
 
 def s_spread(p, lr, scale=None, wide=None, **kwargs):
-    "One value spread over the elements, and then reduced"
+    "One value expanded over the elements, and then reduced"
     if scale is None: scale,wide = p.data.mean() + 2,torch.zeros_like(p.data)
     wide.copy_(scale)
     p.data.sub_((p.grad.data/wide + wide.sum()*1e-3 + wide.norm()*1e-3)*lr)
@@ -726,7 +724,7 @@ REDUCES = ('norms','reductions','two_phases','scalar_tensor_state','scalar_tenso
 def engine(mode): return Optimizer if mode=='native' else WithBackend(ENGINES[mode], mode)
 
 def run_user(user, mode, dtype, scen=plain, n=8, shapes=tuple(s for s in SHAPES if 0 not in s)):
-    params = make_params(shapes, dtype=dtype) # amax of nothing is an error in torch: no empty tensors
+    params = make_params(shapes, dtype=dtype) # no empty tensors: torch can't take their amax
     return run_trajectory(lambda ps: engine(mode)(ps, USERS[user], lr=.05, **HYPERS.get(user, {})), n, dtype, scen, params=params)
 
 @pytest.mark.parametrize('dtype', [pytest.param('f32', marks=pytest.mark.slow), 'f64'])
@@ -762,7 +760,7 @@ def test_step_passes_extra_keywords_to_steppers(mode):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
 def test_inf_and_nan_grads(name, mode):
-    "A poisoned element spreads as far as native lets it spread, and no further"
+    "A poisoned element spreads exactly as far as in native"
     def poison(i, opt, params, stream):
         stream.set(params, i)
         for j,(k,v) in enumerate([(2,float('inf')), (3,float('nan')), (4,-float('inf'))]):
@@ -815,7 +813,7 @@ def test_groups_and_tensors_of_different_dtypes(name, mode):
 @pytest.mark.parametrize('name', ['adam','ranger','sgd'])
 @pytest.mark.parametrize('to', [torch.bfloat16, torch.float16, torch.float64])
 def test_model_cast_after_some_steps(name, mode, to):
-    "`model.half()` and the like: param and grad in another dtype than the state, which native promotes"
+    "As after `model.half()`: parameter and gradient in another dtype than the state, which native promotes"
     def casting(i, opt, params, stream):
         if i==3:
             for p in params: p.data = p.data.to(to)
@@ -831,7 +829,7 @@ def test_model_cast_after_some_steps(name, mode, to):
             == [{k: getattr(v,'dtype',type(v)) for k,v in o.items()} for o in ref[i]['opt']['state']]
 
 def _odd_layouts(dtype):
-    "Sliced, transposed, stepped, narrowed at an odd offset, 5-D channels_last: with the whole storage of each, to see what else is touched"
+    "Sliced, transposed, stepped, narrowed at an odd offset, 5-D channels_last; and the whole storage of each, to see other changes"
     gen = torch.Generator().manual_seed(3)
     r = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype)
     bases = [r(12,9), r(7,5), r(40), r(100), r(2,3,4,5,6).contiguous(memory_format=torch.channels_last_3d), r(6,6,3,3)]
@@ -843,7 +841,7 @@ def _odd_layouts(dtype):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
 def test_memory_layouts(name, mode, grads):
-    "Parameters that are views of any stride, grads in their own layout or another, and nothing beside them touched"
+    "Parameters that are views with any strides, gradients in the same layout or another; the memory around them does not change"
     def setter(i, opt, params, stream):
         for j,p in enumerate(params):
             v = stream.values(p, i, j).to(p.dtype)
@@ -862,7 +860,7 @@ def test_memory_layouts(name, mode, grads):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
 def test_channels_last(name, mode, way):
-    "`ChannelsLast` turns parameters and grads, while state made before stays as it was"
+    "`ChannelsLast` changes the layout of parameters and gradients, not of existing state"
     cl = torch.channels_last
     def turn(i, opt, params, stream):
         if i==3 and way in ('to_channels_last','to_contiguous'):
@@ -882,7 +880,7 @@ def test_channels_last(name, mode, way):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_flat_buffer_views(mode):
-    "Parameters that are neighbouring views of one buffer, at unaligned offsets"
+    "Parameters that are adjacent views of one buffer, at unaligned offsets"
     def run(m):
         flat = torch.randn(1000, generator=torch.Generator().manual_seed(1))
         cuts = [0,1,4,11,300,301,999]
@@ -897,7 +895,8 @@ def test_flat_buffer_views(mode):
 @pytest.mark.parametrize('way', ['same', 'overlap'])
 @pytest.mark.parametrize('mode', MODES)
 def test_weights_tied_later(mode, way, when, threads):
-    "Two parameters over the same memory, from the start or after some steps: they are stepped in turn, as native does, with any threads"
+    """Two parameters that share memory, from the start or after some steps, are stepped one after the other as in native, with any number
+    of threads"""
     def tie(i, opt, params, stream):
         if i==when:
             buf = torch.linspace(-1, 1, 40_000)
@@ -912,7 +911,7 @@ def test_weights_tied_later(mode, way, when, threads):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_parameters_and_steppers_may_change_between_steps(mode):
-    "A parameter appended to a group, one taken out, and other steppers: what was planned before does not hold on"
+    "After a parameter was added or removed, or the steppers were replaced, the old plan is not used"
     def change(i, opt, params, stream):
         if i==3:
             params.append(nn.Parameter(torch.ones(7, dtype=torch.float64)))
@@ -927,7 +926,7 @@ def test_parameters_and_steppers_may_change_between_steps(mode):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_nothing_is_kept_of_old_grads_and_state(mode):
-    "A gradient set to None and a state that was cleared are freed at once"
+    "Gradients set to None and cleared state are freed at once"
     params = make_params(big=False)
     opt = opt_func('adam', mode)(params)
     for i in range(3):
@@ -972,7 +971,7 @@ def test_only_empty_tensors(name, mode):
 
 @pytest.mark.parametrize('mode', MODES)
 def test_subclassed_and_generator_params(mode):
-    "Parameters as a generator, one tensor alone, and as fastai's L of L"
+    "Parameters as a generator, a single tensor, and fastai's L of L"
     from fastcore.all import L
     for wrap in (iter, L, lambda o: L(L(o[:2]), L(o[2:]))):
         params = make_params([(3,),(2,2),(4,)], big=False, channels_last=False)
@@ -992,7 +991,7 @@ def test_subclassed_and_generator_params(mode):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.engine
 def test_copies_of_an_optimizer(name, mode, how):
-    "A copy goes on as the original does, and neither touches the other"
+    "A copy continues as the original does, and neither changes the other"
     params,opt = _trained(name, mode)
     ps,new = copy.deepcopy((params,opt)) if how=='deepcopy' else pickle.loads(pickle.dumps((params,opt)))
     held = snapshot(ps, new)
@@ -1068,14 +1067,14 @@ def _in_child(*args):
         p.join(1)
         if p.is_alive(): p.kill()
 
-# a child of a process whose OpenMP threads have run hangs in torch's own parallel loops unless it has one thread (DataLoader's workers have
-# one): with two, only what the fused kernel does by itself can be asked for, once the state exists
+# A forked child of a process whose OpenMP threads have run hangs in torch's parallel loops unless it has one thread, as DataLoader's
+# workers have. With two threads only the fused kernel itself can be tested, once the state exists.
 FORKS = [(m,w,p,1) for m in MODES for w in ('before_first_step','after_first_step') for p in (1,2)] + [('fused','after_first_step',2,2)]
 
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.parametrize('mode,when,parent,child', FORKS)
 def test_forked_child_steps_too(mode, when, parent, child, threads):
-    "As a DataLoader's workers are forked from a process that has stepped, with threads or without; parent and child both go on"
+    "A child forked from a process that has stepped, as a DataLoader's workers are: parent and child both continue, with threads or without"
     threads(parent)
     params,stream = make_params([(50_000,),(3,5)], big=True),GradStream(2)
     opt = opt_func('adam', mode)(params)

@@ -76,7 +76,7 @@ def test_bfloat16_is_about_as_exact_as_torchs(shape, kind):
     assert off(newton_schulz(g)) < 1e-3
 
 def test_extremes():
-    "Nothing, nothing but zeros, the largest and smallest gradients, and what is not finite"
+    "No elements, zeros only, the largest and smallest gradients, and values that are not finite"
     assert newton_schulz(torch.zeros(0,3)).shape == (0,3) and newton_schulz.f(torch.zeros(2,3,0)).shape == (2,3,0)
     for dt in (torch.float32, torch.bfloat16):
         assert not newton_schulz(torch.zeros(4,3, dtype=dt)).any()

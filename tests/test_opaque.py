@@ -1,4 +1,4 @@
-"Opaque calls: matrix functions that steppers call, in each mode but jit."
+"Opaque calls: matrix functions that steppers call, in each mode except jit."
 import copy,pickle,random
 from functools import partial
 
@@ -16,7 +16,7 @@ from helpers import assert_bitwise,assert_same,flags
 MODES = ('foreach','fused','triton')
 
 def some(names, *fast):
-    "(name, mode) pairs: each kernel takes a second to build, so that by default foreach does all, and the others those of `fast`"
+    "(name, mode) pairs: each kernel takes a second to build, so by default foreach runs all, and the other modes those of `fast`"
     return pytest.mark.parametrize('name, mode', [pytest.param(n, m, marks=() if m == 'foreach' or (n, m) in fast else pytest.mark.slow)
                                                   for n in names for m in MODES])
 QUICK = pytest.mark.parametrize('mode', ('foreach', 'fused', pytest.param('triton', marks=pytest.mark.slow)))
@@ -228,7 +228,7 @@ def test_random_programs(seed): _random(seed, 'foreach')
 def test_random_programs_fused(seed, mode): _random(seed, mode)
 
 def test_weights_are_read_and_written_once():
-    "The momentum is stored before the call, and the weights are touched after it alone"
+    "The momentum is stored before the call, and the weights change only after it"
     f = torch.float32
     slots = TapeSlot('p','e',f),TapeSlot('grad','e',f),TapeSlot('grad_avg','e',f)
     tape,_ = trace_steppers(ALONE, slots, {}, dict(lr=.1, wd=.1, mom=.9))
@@ -291,7 +291,7 @@ def test_state_of_another_model_is_not_loaded():
         if k == 'gg': opt.load_state_dict(bad); continue # a shape that only the function could tell
         with pytest.raises(ValueError, match=rf"state 'grad_avg' has shape .*Nothing was loaded"): opt.load_state_dict(bad)
 
-# ---------------------------------------------------------------- with what goes round a step
+# ---------------------------------------------------------------- with the callbacks and wrappers around a step
 @pytest.mark.parametrize('mode', ('native',)+MODES)
 def test_gradient_release(mode):
     def run(release):
@@ -327,7 +327,7 @@ def test_cautious(mode):
 
 @pytest.mark.parametrize('scale', (None, 4.))
 def test_unscaled_before_the_calls(scale):
-    "What `GradScaler` sets is done the plain way: gradients unscaled first, nothing changed after an overflow"
+    "`GradScaler`'s scale is applied in the ordinary way: gradients are unscaled first, and an overflow changes nothing"
     with pytest.MonkeyPatch.context() as m:
         m.setenv('FASTXTEND_OPT_FUSED_BACKEND', 'triton')
         ps = params(torch.float32)
@@ -400,7 +400,7 @@ def test_no_tensor():
 
 @pytest.mark.parametrize('mode', MODES)
 def test_constants(mode):
-    "What is no number is part of the cut"
+    "Arguments that are not numbers are part of the cut"
     @opaque
     def power(x, how, dtype=None, n=1):
         assert type(n) is int and type(how) is str

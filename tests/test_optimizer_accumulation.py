@@ -1,4 +1,4 @@
-"""Optimizer accumulation: micro-batches change the state alone; the modes agree; how far it is from gradient accumulation."""
+"Optimizer accumulation: micro-batches change only the state, the modes agree, and the distance from gradient accumulation."
 import pytest,torch
 import fastai.callback.schedule
 from fastai.callback.training import GradientAccumulation
@@ -28,7 +28,7 @@ NAMES = [r.name for r in list_optimizers() if r.name not in FREE]
 KW = {k:dict(mom=.9) for k in ('sgd','rmsprop','larc','sgdp','shampoo')}
 
 def life(name, mode, dtype=torch.float32, n=15, every=3, **kw):
-    "Steps of which each third is whole; a tensor without decay, one whose gradient comes late"
+    "Every third step is whole; one tensor has no decay, another's gradient comes late"
     params,stream = make_params(dtype=dtype),GradStream(2)
     with backend_of(mode): opt = get_optimizer(name).func(two_groups(params), lr=[.01,.02], **flags(mode), **{**KW.get(name, {}), **kw})
     opt.state[params[3]]['do_wd'] = False
@@ -44,7 +44,7 @@ def life(name, mode, dtype=torch.float32, n=15, every=3, **kw):
     return res
 
 def in_turn(i, name, mode):
-    "Those of `CORE` in each mode, the others in one; Triton's interpreter for a few"
+    "By default optimizers of `CORE` run in each mode, the others in one, and a few in Triton's interpreter"
     return name in INTERPRETED if mode=='triton' else name in CORE or mode==MODES[i%3]
 
 @pytest.mark.parametrize('name,mode', [slow(n, m, when=not in_turn(i, n, m)) for i,n in enumerate(NAMES) for m in MODES])
@@ -55,7 +55,7 @@ def test_modes_agree(name, mode):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_bfloat16(mode):
-    "With Kahan summation: the compensation too waits for the whole step"
+    "With Kahan summation: the compensation also waits for the whole step"
     params = [nn.Parameter(torch.linspace(1, 2, 64).bfloat16())]
     with backend_of(mode): opt = Adam(params, lr=1e-4, **flags(mode))
     for i in range(9):
@@ -86,7 +86,7 @@ def test_with_gradient_release(name, mode):
     assert a[1]==(7 if name=='ranger' else None)
 
 def test_own_steppers():
-    "A stepper that writes to the parameter is left out with all that it does; one that follows it is not"
+    "A stepper that writes to the parameter is skipped entirely; the next one is not"
     def look(p, seen=0, **kwargs): return {'seen': seen+1}
     def step(p, lr, grad_avg, taken=0, **kwargs):
         grad_avg.mul_(.5)
@@ -107,8 +107,8 @@ def test_own_steppers():
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_equal_gradients_are_one_large_batch(mode):
-    """With `mom**(1/n)` and `sqr_mom**(1/n)`, n micro-batches of one gradient are one batch with it: what differs otherwise is the
-    micro-batches' noise"""
+    """With `mom**(1/n)` and `sqr_mom**(1/n)`, n micro-batches with the same gradient equal one batch: otherwise only the micro-batches'
+    noise differs"""
     n,size,gen = 4,32,torch.Generator().manual_seed(0)
     a,b = (nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64)) for _ in range(2))
     with backend_of(mode):
@@ -204,7 +204,7 @@ class Moves(Callback):
 @pytest.mark.parametrize('release', [False, True])
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_callback(mode, release):
-    "`n_acc` counts samples: of batches of 16, 40 are reached by each third; the count goes on into the next epoch"
+    "`n_acc` counts samples: with batches of 16, every third reaches 40, and the count continues in the next epoch"
     with backend_of(mode): learn = learner(adam(**flags(mode)))
     moves = Moves()
     with backend_of(mode): learn.fit_one_cycle(2, .01, cbs=[OptimizerAccumulation(40), moves, *([GradientRelease()] if release else [])])
@@ -212,7 +212,7 @@ def test_callback(mode, release):
     assert learn.opt.state_dict()['state'][0]['step']==16 and not learn.opt.optimizer_accumulation
 
 def test_predictions_inside_of_a_fit():
-    "They have the events of a fit, and leave the count alone"
+    "They run the events of a fit and leave the count alone"
     class Preds(Callback):
         run_valid = False
         def after_epoch(self):
@@ -233,7 +233,7 @@ def test_callback_refuses():
         with pytest.raises(ValueError, match='n_acc'): OptimizerAccumulation(n)
 
 def test_interrupted_fit():
-    "The switch is off after an exception: it would keep the next fit from training"
+    "The switch is off after an exception; left on, the next fit would not train"
     class Stop(Callback):
         order,run_valid = 50,False
         def after_backward(self): raise KeyboardInterrupt

@@ -291,7 +291,7 @@ ADDS = ('aten.add_','aten._foreach_add_','aten.sub_','aten._foreach_sub_')
 @pytest.mark.parametrize('n', [0,2], ids=['first_step','later_step'])
 @all_modes
 def test_an_operation_that_fails_on_the_third_tensor(mode, n, brittle):
-    "A subclass is tried on copies: nothing has changed, and the step goes on without it"
+    "A subclass is tried on copies: nothing has changed, and the next step works without it"
     opt = momentum(mode, brittle)
     Brittle.fails = () if n else ADDS
     for i in range(n): set_ones(brittle); opt.step()

@@ -1,8 +1,6 @@
-"""Every algorithm against something that is not ours: the float64 references in `reference/`, fastai's functions, torch.optim, optimi,
-pytorch_optimizer.
-
-All trajectories: float64, 30 steps of an lr schedule that differs by group, two groups, a tensor excluded from decay, one whose gradients
-come late, an element whose gradient is always zero, and two gradient spikes of a thousand."""
+"""Every algorithm against code that is not ours: the float64 references in `reference/`, fastai's functions, torch.optim, optimi,
+pytorch_optimizer. All trajectories: float64, 30 steps of an lr schedule that differs by group, two groups, a tensor excluded from decay,
+one whose gradients come late, an element whose gradient is always zero, and two gradient spikes of a thousand."""
 import math
 import fastai.optimizer as fo,numpy as np,pytest,torch
 from torch import nn
@@ -76,12 +74,12 @@ CASES = [(n,i) for n,o in REFS.items() for i in range(len(o[2]))]
 FASTAI_CASES = [(n,i) for n,i in CASES if n in FASTAI]
 SOURCES = [('fastai',*c) for c in FASTAI_CASES] + [('ours',*c) for c in CASES]
 def decays_of(name):
-    "The decays that an optimizer has: without `decouple_wd` it has one kind, without `wd` none"
+    "An optimizer's kinds of decay: one without `decouple_wd`, none without `wd`"
     have = ROWS[name].hypers
     return [d for d in DECAYS if 'wd' in have and (d!='L2' or 'decouple_wd' in have) or d=='none']
 
 def hypers_of(name, h, decay):
-    "The hypers of a case with those of a decay"
+    "A case's hyperparameters together with a decay's"
     return {**h, **{k:v for k,v in DECAYS[decay].items() if k in ROWS[name].hypers}}
 
 def ours(name, **kw):
@@ -145,7 +143,7 @@ def run_reference(name, hypers, params, group, gs, no_decay=NO_DECAY):
     return res,objs
 
 def run_torch(make, params, group, gs, wd, no_decay=NO_DECAY):
-    "The same with an optimizer of torch's interface: a group a tensor, so that counters kept by group count as ours do"
+    "The same with an optimizer of torch's interface: one group per tensor, so that counters kept by group count as ours do"
     opt = make([dict(params=[p], weight_decay=0. if j==no_decay else wd) for j,p in enumerate(params)])
     res = []
     for i,g in enumerate(gs):
@@ -156,7 +154,7 @@ def run_torch(make, params, group, gs, wd, no_decay=NO_DECAY):
     return res
 
 def distance(a, b, start):
-    "Largest difference between two trajectories' ends, relative to the way that `b` went"
+    "Largest difference between two trajectories' ends, relative to the path of `b`"
     d = max(np.abs(x-y).max() for x,y in zip(a[-1], b[-1]))
     return d/max(np.abs(y-p.detach().numpy()).max() for y,p in zip(b[-1], start))
 
@@ -198,7 +196,7 @@ def test_ours_against_fastai(name, case, decay, dtype):
     for p,q in zip(pa, pb):
         sa,sb = dict(oa.state[p]),dict(ob.state[q])
         la,lb = sa.pop('local_lr', 0.),sb.pop('local_lr', 0.)
-        sa.pop('slow_p', None) # fastai's Lookahead keeps its slow weights beside the state
+        sa.pop('slow_p', None) # fastai's Lookahead keeps its slow weights outside the state
         assert_same(float(la), float(lb), **tol)
         assert_same(sa, sb, **tol)
 
@@ -295,7 +293,7 @@ def deviation(name, peer, h, **kw):
 @pytest.mark.parametrize('name,peer,h,least', [pytest.param(n, *o, id=f'{n}-{o[0].__name__}') for n,
                                                m in ORACLES.items() for o in getattr(m, 'DEVIATIONS', ())])
 def test_well_known_ports_that_are_another_algorithm(name, peer, h, least):
-    "What the page says of them is seen"
+    "The differences that the page lists show"
     assert deviation(name, peer, h, spikes=()) > least
 
 def test_torch_rmsprop_with_momentum_is_another_algorithm():
@@ -373,7 +371,7 @@ def test_lookahead_synchronises_tensors_without_grads_and_counts_steps(source):
 
 # ---------------------------------------------------------------- StableAdam's clip, Sophia's estimate
 def test_spikes_make_stableadams_clip_bind():
-    "Else the trajectories above would not tell it from Adam"
+    "Otherwise the trajectories above would not tell it from Adam"
     params,group,gs = problem()
     _,objs = run_reference('stableadam', {**REFS['stableadam'][2][0], **DECAYS['decoupled']}, params, group, gs)
     assert all(o.clipped>=1 for o in objs)
@@ -385,7 +383,7 @@ def test_spikes_make_stableadams_clip_bind():
 @pytest.mark.parametrize('h', [dict(mom=.965, hess_mom=.99, rho=.04, eps=1e-15, wd=.1), dict(mom=.8, hess_mom=.9, rho=.5, eps=1e-8, wd=0.)])
 @pytest.mark.parametrize('first', [0,4]) # the estimate's first update: before the first step (it makes the state), or later
 def test_sophia_with_its_estimate(mode, h, first):
-    "30 steps, the estimate updated every fourth, beside the authors' code, which keeps `hessian` without the factor bs"
+    "30 steps with an estimate every fourth, compared with the authors' code, which keeps `hessian` without the factor bs"
     from fastxtend_opt.algorithms.sophia import update_hessian
     params,group,gs = problem()
     objs = [R.SophiaG(p.detach().numpy(), h['mom'], h['hess_mom'], h['rho'], h['eps'], 0. if j==NO_DECAY else h['wd'], bs=64) for j,

@@ -1,4 +1,4 @@
-"The package as a thing that is installed: metadata, generated files, what an import costs, what a wheel holds"
+"The installed package: metadata, generated files, the cost of an import, the contents of a wheel"
 import ast, importlib, importlib.util, json, os, re, subprocess, sys, tarfile, textwrap, zipfile
 from configparser import ConfigParser
 from pathlib import Path
@@ -23,7 +23,7 @@ def code_cells(p): return [''.join(c['source']) for c in json.loads(p.read_text(
 def directive(cells, d): return [m for s in cells for m in re.findall(rf'^#\s*\|\s*{d}\b\s*(.*)$', s, re.M)]
 
 def python(code, **env):
-    "Run `code` in a process of its own, with the tree importable from anywhere; its last line of output, as JSON"
+    "Run `code` in a separate process that can import the tree; return its last line of output, read as JSON"
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', **env}
     r = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd=env.get('HOME', root))
     assert r.returncode==0, r.stderr[-3000:]
@@ -94,7 +94,7 @@ def test_notebook(p):
                          +'.py')).exists(), f'{p.name} says default_exp {exp[0]}, but there is no such module: run nbdev-export'
 
 def test_imports_have_cells_of_their_own():
-    "The documentation runs each cell with an import, and of the others only those that export: an import beside other code fails there"
+    "The documentation runs each cell with an import, and of the others only those that export: an import next to other code fails there"
     for p in notebooks():
         cells = code_cells(p)
         if not directive(cells, 'export[is]?'): continue
@@ -121,7 +121,7 @@ def test_all_covers_every_module():
             assert everything.get(n, everything) is getattr(m, n), f'fastxtend_opt.all has no {n}, or another one than {dotted(p)}'
 
 def test_all_replaces_only_optimizers():
-    "`from fastai.vision.all import *` and then ours: nothing of fastai's may be lost but the optimizers"
+    "`from fastai.vision.all import *` and then ours: of fastai's names only the optimizers may be replaced"
     try: fa = vars(importlib.import_module('fastai.vision.all'))
     except RuntimeError as e: pytest.skip(f'fastai.vision does not import, as torchvision does not fit torch here: {e}')
     ours = vars(importlib.import_module('fastxtend_opt.all'))
@@ -147,7 +147,8 @@ _cost = '''
 '''
 
 def test_import_is_cheap_and_touches_nothing(tmp_path):
-    "Less than 0.3 s beyond fastai; no process, library, file or peer. The best of three, as the machine may be busy"
+    """An import takes less than 0.3 s beyond fastai and starts no process, loads no library or peer, writes no file. The best of three
+    counts, because the machine may be busy"""
     cache,home = tmp_path/'cache',tmp_path/'home'
     home.mkdir()
     best = 9.
@@ -178,7 +179,7 @@ def test_console_script_is_the_same_command():
 # --- distributions -------------------------------------------------------------------------------
 
 def _tracked():
-    "The files that belong to the project, whether or not this is a git clone"
+    "The project's files, in a git clone or not"
     r = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=root, capture_output=True, text=True)
     if r.returncode==0 and r.stdout: return [o for o in r.stdout.splitlines() if (root/o).is_file()]
     skip = {'.venv','.git','_proc','_site_preview','build','dist','.cache'}
@@ -198,8 +199,8 @@ def test_wheel_and_sdist(tmp_path):
     v = settings()['version']
     whl,sdist = tmp_path/'dist'/f'fastxtend_opt-{v}-py3-none-any.whl', tmp_path/'dist'/f'fastxtend_opt-{v}.tar.gz'
     with zipfile.ZipFile(whl) as z:
-        names,meta,entry = z.namelist(), z.read(f'fastxtend_opt-{v}.dist-info/METADATA').decode(), z.read(
-            f'fastxtend_opt-{v}.dist-info/entry_points.txt').decode()
+        meta,entry = (z.read(f'fastxtend_opt-{v}.dist-info/{n}').decode() for n in ('METADATA','entry_points.txt'))
+        names = z.namelist()
     for p in [*lib.rglob('*.py'), *lib.rglob('data/*'), *lib.rglob('csrc/*')]:
         assert p.relative_to(root).as_posix() in names, f'the wheel lacks {p}'
     assert any(n.endswith('data/shapes.json') for n in names)

@@ -1,5 +1,5 @@
-"""A step of several passes (`Between`): totals over the whole model, numbers for the next pass, in all modes; what can't work says so
-before anything changes."""
+"""A step of several passes (`Between`): totals over the whole model, numbers for the next pass, in all modes; errors come before anything
+changes."""
 import copy,io,math
 
 import pytest,torch
@@ -60,7 +60,7 @@ def test_sum_min_max_and_a_function(mode):
 
 @every
 def test_first_and_last_and_in_a_row(mode):
-    "A Between may stand at either end, or after another one"
+    "A `Between` may come first, last, or after another one"
     seen = []
     def note(turn, **kwargs): seen.append(turn); return {'turn': turn+1}
     p = nn.Parameter(torch.ones(3))
@@ -82,7 +82,7 @@ def test_none_ends_the_step(mode):
 
 @every
 def test_a_value_that_is_not_made_anew_does_not_count(mode):
-    "A group whose stepper returns nothing this time; and steppers don't see the value of the step before"
+    "A group whose stepper returns nothing this time; steppers don't see the previous step's value"
     def share(p, lr, sq=None, **kwargs):
         assert sq is None
         return {'sq': p.grad.data.square().sum()} if lr else None
@@ -98,7 +98,7 @@ def test_a_value_that_is_not_made_anew_does_not_count(mode):
 
 @every
 def test_state_that_was_replaced(mode):
-    "Another tensor in the place of a total, a new parameter, moved data: sums stay right"
+    "A total replaced by another tensor, a new parameter, moved data: the sums stay right"
     params = make_params(((3,),(2,2),()), torch.float64, big=False, channels_last=False)
     opt = clipping(two_groups(params), mode)
     for i in range(6):
@@ -114,7 +114,7 @@ def test_state_that_was_replaced(mode):
 
 @every
 def test_shape_in_a_later_pass(mode):
-    "A stepper that asks for the shape after the first pass: that is not run again"
+    "A stepper asks for the shape after the first pass, which is not run again"
     calls = []
     def first(p, **kwargs): calls.append(1); return {'sq': p.grad.data.square().sum(), 'n': kwargs.get('n', 0)+1}
     def by_size(p, lr, **kwargs): p.data.add_(p.grad.data, alpha=-lr/p.numel())
@@ -139,8 +139,8 @@ STORAGE = dict(kahan={}, sround=dict(stochastic_rounding=True, seed=3), f32=dict
                                           for m in MODES for k in STORAGE])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32])
 def test_state_is_rounded_once(mode, storage, dtype):
-    """Each pass draws its own numbers for what it stores, and stores only what has changed: state, weights and counters of a step in two
-    passes are native's to the bit, but where a sum's last bit moves the scale; the factor here is a power of two, so that it does not."""
+    """Each pass draws its own random numbers and stores only what has changed: after a step of two passes, weights, state and counters
+    equal native's bit for bit. (The last bit of a sum could move the scale, so the factor here is a power of two.)"""
     kw = dict(STORAGE[storage]) if dtype is torch.bfloat16 else dict(state_dtype=torch.bfloat16)
     def power(sq, **kwargs): return {'scale': 2.**-round(math.log2(1+sq)/2)}
     def go(m):
@@ -161,7 +161,7 @@ def through_file(sd):
 
 @pytest.mark.parametrize('src,dst', [(m, ALL_MODES[(i+j)%5]) for i,m in enumerate(ALL_MODES) for j in (0,1)])
 def test_checkpoints(src, dst):
-    "The model's numbers are in it, the totals are not; from any mode into any other"
+    "A checkpoint has the model's numbers but not the totals, and crosses from any mode into any other"
     def build(ps, mode): return clipping(two_groups(ps), mode, cbs=[squares, Between(slow_norm, ('sq',), norm=0., scale=1.), scale_grad,
                                                                     average_grad, momentum_step])
     params,stream = make_params(dtype=torch.float64, big=False),GradStream(6)
@@ -203,7 +203,7 @@ def test_extra_arguments_and_closure(mode):
 
 @every
 def test_grad_scaler(mode):
-    "The scaler unscales and skips by itself, also where the fused mode could"
+    "The scaler itself unscales and skips, even where the fused mode could"
     def go(scaled):
         p = nn.Parameter(torch.ones(3))
         opt = clipping([p], mode, max_norm=.5)

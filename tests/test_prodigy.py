@@ -58,7 +58,7 @@ def test_bfloat16(mode, storage):
 # ---------------------------------------------------------------- others
 @pytest.mark.parametrize('h', oracles.load()['prodigy'].CASES)
 def test_how_close(h):
-    "The authors' package, to a rounding; and d is the same. With steps of a millionth beside weights of 1, x0-p has ten digits in float64"
+    "The authors' package, to a rounding; and d is the same. With steps of a millionth and weights of 1, x0-p has ten digits in float64"
     mod = oracles.load()['prodigy']
     params,_,gs = problem(late=False)
     group,h = [1]*len(params),{**h, 'wd':.1, 'decouple_wd':True}
@@ -122,7 +122,7 @@ def test_one_cycle_at_the_default_is_warned_of():
 
 @pytest.mark.parametrize('mode', ['native','fused'])
 def test_trains_and_resumes(mode, tmp_path):
-    "Without a learning rate; and a saved Learner goes on bit by bit"
+    "Without a learning rate; a saved Learner continues bit for bit"
     a = learner(mode=mode)
     a.path = tmp_path
     with_no_output(lambda: a.fit(2))
@@ -165,7 +165,7 @@ def test_frozen_and_idle(mode):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_a_gradient_that_is_not_finite(mode):
-    "Its tensor is lost, as with Adam; the others and d go on"
+    "Its tensor is lost, as with Adam; the others and d continue"
     ps = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
     with backend_of(mode): opt = Prodigy(ps, **GROWS, **flags(mode))
     for i in range(4):
@@ -204,7 +204,7 @@ def test_lookahead_round_it(mode):
 
 @pytest.mark.parametrize('mode', ['native','foreach','fused'])
 def test_copies(mode):
-    "A deep copy and a pickle go on as it does, and apart from it"
+    "A deep copy and a pickle continue as the original does, independently of it"
     params,stream = make_params(dtype=torch.float64, big=False),GradStream(3)
     with backend_of(mode): opt = Prodigy(two_groups(params), **GROWS, **flags(mode))
     for i in range(4): stream.set(params, i); opt.step()

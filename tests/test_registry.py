@@ -339,7 +339,7 @@ def test_dict_groups_refuse_unknown_and_bad_hypers(row):
 
 @pytest.mark.parametrize('name', ['sgd','rmsprop','larc'])
 def test_momentum_of_one_group_alone(name):
-    "`mom=0` leaves a stepper out, unless a group has a `mom` of its own"
+    "`mom=0` leaves a stepper out unless a group has its own `mom`"
     f = get_optimizer(name).func
     def run(ps, **kw):
         opt = f(ps, .1, **kw)

@@ -1,5 +1,5 @@
-"""Rules by name and kind of layer: each parameter is stepped as by its own optimizer, to the last bit, in every mode; groups, schedules,
-freezing, checkpoints and the Learner work on."""
+"""Rules by name and kind of layer: each parameter is stepped as by its own optimizer, bit for bit, in every mode. Groups, schedules,
+freezing, checkpoints and the Learner still work."""
 import copy,pickle,warnings
 import pytest,torch
 from fastai.learner import load_learner
@@ -133,7 +133,7 @@ def test_state_stays_and_checkpoints_resume(mode):
 
 @modes
 def test_state_that_was_thrown_away_by_hand(mode):
-    "A parameter without its number would be left alone without a word"
+    "A parameter without its number would silently not be stepped"
     m = net(); opt = go(make(m, TABLE, mode), range(2)); before = values(m.parameters())
     opt.state = {}; go(opt, [2])
     del opt.state[m[1].weight]; go(opt, [3])
@@ -205,7 +205,7 @@ def test_optimizer_accumulation(mode):
 
 @modes
 def test_round_it(mode):
-    "Lookahead and schedule-free go round rules, as round each of the algorithms"
+    "Lookahead and schedule-free work around rules as they do around each algorithm"
     for wrap in (lambda o: Lookahead(o, k=3), None):
         a,b = net(),net(); t = {nn.Embedding: adam(wd=.1), '*': sgd(mom=.9)}
         with backend_of(mode):
@@ -223,7 +223,7 @@ def test_round_it(mode):
 
 @modes
 def test_groups_that_agree_after_a_step(mode):
-    "SWATS twice, with two tolerances: a rate for the tensors of each"
+    "SWATS twice, with two tolerances: one rate for the tensors of each"
     a,b = net(),net(); opt = make(a, {'0.*|1.*': swats(switch_tol=1.), '*': swats(switch_tol=.5)}, mode)
     with backend_of(mode): subs = [SWATS(list(b[:2].parameters()), lr=.01, switch_tol=1., **flags(mode)),
                                    SWATS(list(b[2:].parameters()), lr=.01, switch_tol=.5, **flags(mode))]
@@ -246,7 +246,7 @@ def hidden(p, lr, eps=1., **kwargs): p.data.sub_(p.grad.data, alpha=lr*eps)
 
 @modes
 def test_hyperparameters_of_others_are_hidden(mode):
-    "A stepper with a default of its own does not see what another algorithm calls the same"
+    "A stepper with its own default does not see another algorithm's hyperparameter of the same name"
     m = net(); ps = list(m.parameters())
     opt = make(m, {'*.bias': lambda p, lr, **kw: make_optimizer(p, [hidden], lr=lr, **kw), '*': adam(eps=1e-3)},
                mode); assert 'eps' in opt.hypers[0]
@@ -254,7 +254,7 @@ def test_hyperparameters_of_others_are_hidden(mode):
 
 @pytest.mark.parametrize('mode', ['native','foreach','fused'])
 def test_muon_decides_in_view_of_the_whole_model(mode):
-    "Rules for some of its matrices, and Adam for others, change nothing of which Muon takes; all in one optimizer is as alone"
+    "Rules for some of its matrices, and Adam for others, don't change which parameters Muon takes; one rule for all is the optimizer alone"
     class Net(nn.Module):
         def __init__(self):
             super().__init__()

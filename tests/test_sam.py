@@ -76,7 +76,7 @@ def test_against_pytorch_optimizer(base, adaptive):
 @pytest.mark.parametrize('mode', ALL_MODES)
 @pytest.mark.parametrize('adaptive', [False, True])
 def test_against_a_reference_with_a_rho_a_group(adaptive, mode):
-    "float64 numpy, the norm over both groups, each with a rho of its own; SGD with momentum as base"
+    "float64 numpy, the norm over both groups, each with its own rho; SGD with momentum as base"
     m,(x,y) = net(),data()
     with backend_of(mode): opt = SAM(SGD(groups(m), lr=[.1,.05], mom=.9, **flags(mode)), rho=[.05,.2], adaptive=adaptive)
     ps,rhos,lrs = [p for g in groups(m) for p in g],[.05]*2+[.2]*6,[.1]*2+[.05]*6
@@ -98,7 +98,7 @@ def test_against_a_reference_with_a_rho_a_group(adaptive, mode):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_low_precision_norm_and_way_back(dtype):
-    "The norm is float32's, and the weights come back to the last bit, Kahan's compensation beside them"
+    "The norm is float32's, and the weights come back bit for bit, with Kahan's compensation"
     p = nn.Parameter(torch.full((1024,), .5, dtype=dtype))
     opt = SAM(Adam([p], 1e-3), rho=1.)
     for i in range(3):
@@ -187,7 +187,7 @@ def test_a_closure_that_fails_leaves_the_weights():
     assert opt.state_dict()['state'] is not None
 
 def test_grad_scaler_in_a_plain_loop():
-    "Its scale makes no difference; an overflow in the second pass skips the step and halves the scale"
+    "The scale makes no difference; an overflow in the second pass skips the step and halves the scale"
     (x,y),res = data(torch.float32),[]
     for scale in (1., 2.**10):
         m = net(torch.float32); opt,scaler = SAM(SGD(m.parameters(), .1, mom=.9), rho=.1),GradScaler('cpu', init_scale=scale,
@@ -212,7 +212,7 @@ class Seen(Callback):
     def after_batch(self): self.losses.append(self.learn.loss.item())
 
 def by_hand(n, lr, rho, mom=.9, clip=None, acc=None):
-    "The training of `learner` with SAM round SGD as a plain loop: weights, statistics, losses and random state after it"
+    "The training of `learner` with SAM around SGD as a plain loop: weights, statistics, losses and random state afterwards"
     learn = learner(sgd(), n_train=128)
     model,losses = learn.model,[]
     learn.create_opt()
@@ -335,7 +335,7 @@ class Fail(Callback):
 
 @pytest.mark.parametrize('ex', [CancelBatchException, CancelStepException, KeyboardInterrupt, RuntimeError('boom')], ids=str)
 def test_interrupted_between_the_passes(ex):
-    "Weights, statistics and random numbers are back, and training goes on"
+    "Weights, statistics and random state are restored, and training continues"
     fail = Fail(ex)
     learn = learner(sam(sgd(mom=.9), rho=1.), [fail])
     try: fit(learn)
@@ -348,7 +348,7 @@ def test_interrupted_between_the_passes(ex):
 
 @pytest.mark.parametrize('event', ['before_backward','before_step'])
 def test_cancelled_backward_and_step(event):
-    "A cancelled backward pass steps with what there is, as ever; a cancelled step leaves the weights"
+    "A cancelled backward pass steps with the gradients there are, as in fastai; a cancelled step leaves the weights"
     class Cancel(Callback):
         run_valid,order = False,9
         n = 0
@@ -425,7 +425,7 @@ class Stateful(nn.Module):
         return self.out(o),o,o
 
 def test_recurrent_models_go_on_from_where_the_first_pass_began():
-    "And a regularizer that adds to the loss has its say in the second pass"
+    "A regularizer that adds to the loss also counts in the second pass"
     from fastai.data.core import DataLoaders
     from fastai.data.load import DataLoader
     from fastai.callback.rnn import rnn_cbs
@@ -487,7 +487,7 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    "Each goes where its own batch leads, the second gradients are averaged, and the replicas stay the same"
+    "Each process moves by its own batch's gradient, the second gradients are averaged, and the replicas stay equal"
     ps = [subprocess.Popen([sys.executable, '-c', DDP, str(r), str(tmp_path/'rendezvous')], stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True) for r in (0,1)]
     outs = [p.communicate(timeout=300)[0] for p in ps]

@@ -1,5 +1,5 @@
-"""Schedule-free training: the authors' package and the paper's x, y, z; switching between training and averaged weights costs no bit; in a
-Learner nothing has to be called and x is wherever the model is not training; checkpoints in either mode; BatchNorm; round any optimizer."""
+"""Schedule-free training: the authors' package and the paper's x, y, z; switching between training and averaged weights changes no bit; a
+Learner switches itself and has x wherever the model does not train; checkpoints in either mode; BatchNorm; around any optimizer."""
 import copy,pickle,random,warnings
 from functools import partial
 
@@ -63,7 +63,7 @@ def paper(name, p, h, lam):
 @pytest.mark.parametrize('name,h,mode', [slow(*c, m, id=f'{c[0][:-13]}-{i}-{m}', when=m=='triton' and i%2==0) for i,
                                          c in enumerate(CASES) for m in ALL_MODES])
 def test_against_schedulefree_and_the_paper(name, h, mode):
-    "float64, 100 steps, two groups with a rate each, one tensor without decay, weights of both kinds compared at 13 switches"
+    "float64, 100 steps, two groups with their own rates, one tensor without decay; both kinds of weights compared at 13 switches"
     a = small(); b = copy_params(a)
     lrs,wd = [LR[name],LR[name]/3],.05
     opt = make(name, [a[:2],a[2:]], mode, lr=lrs, wd=wd, **h)
@@ -86,8 +86,8 @@ def test_against_schedulefree_and_the_paper(name, h, mode):
 
 @every
 def test_each_parameter_counts_its_own_steps(name):
-    """A deviation: the package counts (warmup, weights of the average) by group. A tensor whose gradients come late is as in a group of its
-    own that starts late"""
+    """A deviation: the package counts warmup and weights of the average by group. Here a tensor whose gradients come late is like a group
+    that starts late"""
     kw = dict(beta=.9, warmup_steps=20, r=1.) if name!='radam_schedulefree' else dict(beta=.9, r=1.)
     ext = {} if name=='sgd_schedulefree' else dict(sqr_mom=.99)
     a = small(); b = copy_params(a); c = copy_params(a)
@@ -109,7 +109,7 @@ def test_each_parameter_counts_its_own_steps(name):
 @every
 @modes
 def test_memory(name, mode):
-    "z in the place of the momentum: as many tensors as the base optimizer has with it; y only while evaluating"
+    "z instead of the momentum: as many tensors as the base optimizer has with momentum; y only while evaluating"
     ps = small(torch.float32)
     opt = go(make(name, ps, mode), range(2))
     base = dict(sgd_schedulefree='sgd', adamw_schedulefree='adam', radam_schedulefree='radam')[name]
@@ -136,7 +136,7 @@ def test_lr_zero_and_changing_beta_ranges():
                                                   when=m=='triton' and (n,t)!=('adamw_schedulefree',torch.bfloat16))
                                              for t in (torch.float32,torch.bfloat16,torch.float16) for m in ALL_MODES for n in NAMES])
 def test_switching_changes_nothing(name, mode, dtype):
-    "100 switches, and calls that don't switch: not one bit of weights and state, nor of the training after it"
+    "100 switches, and calls that don't switch, change no bit of weights, state or the training afterwards"
     def life(switches):
         ps = small(dtype)
         opt = go(make(name, two_groups(ps), mode, beta=[.9,.8]), range(12), skip=[1])
@@ -317,7 +317,7 @@ def test_errors_of_the_wrapper():
     for kw in (dict(warmup_steps=-1), dict(warmup_steps=1.5), dict(weight_lr_power=-1.), dict(r=float('nan')), dict(beta=[.9,.9,.9])):
         with pytest.raises(ValueError, match=next(iter(kw))): ScheduleFree(SGD(small(), lr=.1), **kw)
 
-# ---------------------------------------------------------------- round any optimizer
+# ---------------------------------------------------------------- around any optimizer
 def taken(row):
     try: ScheduleFree(row.func(small(), lr=.01)); return True
     except TypeError as e:
@@ -415,7 +415,7 @@ class Look(Callback):
         if not self.learn.lock.locked(): assert self.learn.opt._averaged
 
 def at_x(learn):
-    "Are the averages in the model, and are they others than the training weights?"
+    "Are the averages in the model, and do they differ from the training weights?"
     ps = [p for pg in learn.opt.param_lists for p in pg if 'z' in learn.opt.state[p]]
     assert ps and learn.opt._averaged
     for p,h in [(p,h) for pg,h in zip(learn.opt.param_lists, learn.opt.hypers) for p in pg if 'z' in learn.opt.state[p]]:
@@ -430,8 +430,8 @@ def free(tmp_path=None, mode='fused', name='adamw_schedulefree', dtype=torch.flo
 @pytest.mark.parametrize('mode', ['native','fused'])
 @every
 def test_fit_is_a_loop_with_the_package(name, mode, tmp_path):
-    """Learner.fit, nothing called: the losses of each training batch and each validation, and the weights, of a plain PyTorch loop that
-    calls train() and eval()"""
+    """Learner.fit alone has the losses of each training batch and validation, and the weights, of a plain PyTorch loop that calls train()
+    and eval()"""
     kw = {'lr':.5 if name[0]=='s' else .01}
     learn = free(tmp_path, mode, name, torch.float64, **kw)
     learn.fit(2)
@@ -485,7 +485,7 @@ class Peek(Callback):
         if not self.learn.lock.locked(): assert self.learn.opt._averaged; self.learn.get_preds(); assert self.learn.opt._averaged
 
 def test_predictions_inside_of_a_fit(tmp_path):
-    "They are x's, and training goes on as if there had been none"
+    "They come from x, and training continues as if there had been none"
     a,b,peek = free(tmp_path),free(tmp_path),Peek()
     a.fit(2); b.fit(2, cbs=peek)
     assert peek.n==4
@@ -534,7 +534,7 @@ class At(Callback):
         if self.batch==self.i: self.f(self.learn)
 
 def test_save_and_load_inside_of_an_epoch(tmp_path):
-    "Loaded at once, nothing has happened; loaded later, the weights are back, and training goes on"
+    "Loading at once changes nothing; loading later restores the weights, and training continues"
     def both(l): l.save('mid'); y = weights(l); l.load('mid'); assert_bitwise(weights(l), y); assert not l.opt._averaged
     a,b,c = (free(tmp_path) for _ in range(3))
     a.fit(2); b.fit(2, cbs=At(5, both))
@@ -544,7 +544,7 @@ def test_save_and_load_inside_of_an_epoch(tmp_path):
         l.load('mid'); held['y2'] = weights(l)
     c.fit(2, cbs=[At(5, lambda l: (l.save('mid'), held.update(y=weights(l)))), At(9, later)])
     assert_bitwise(held['y2'], held['y']) and at_x(c)
-    d = free(tmp_path) # the weights alone: training goes on from them
+    d = free(tmp_path) # the weights alone: training continues from them
     d.fit(1, cbs=At(5, lambda l: l.load('mid', with_opt=False)))
     assert at_x(d)
 
@@ -566,7 +566,7 @@ def test_a_second_fit_continues(tmp_path):
     b.fit(1, reset_opt=True); assert at_x(b) and next(iter(b.opt.state.values()))['step']==12
 
 def test_export(tmp_path):
-    "Also in the middle of a fit: a Learner that predicts with x, and the training goes on"
+    "Also in the middle of a fit: the exported Learner predicts with x, and the training continues"
     learn = free(tmp_path)
     learn.fit(1); p = learn.get_preds()[0]
     learn.export('e.pkl'); assert at_x(learn)
@@ -617,7 +617,7 @@ def _label(i):
 
 @pytest.mark.parametrize('mode', ['native','fused'])
 def test_freeze_and_unfreeze(tmp_path, mode):
-    "Which forget the state: training goes on from x, outside of a fit and within"
+    "Both forget the state: training continues from x, outside a fit and within one"
     learn = free(tmp_path, mode); learn.fit(1); w = weights(learn)
     learn.freeze(); assert_bitwise(weights(learn), w)
     learn.fit(1); stem = {k for k in w if k.startswith(('0.','1.')) and 'running' not in k and 'batches' not in k
@@ -640,7 +640,7 @@ class Stop(Callback):
 
 @pytest.mark.parametrize('e', [KeyboardInterrupt,CancelFitException,ValueError])
 def test_interrupted(tmp_path, e):
-    "Leaves the weights at x, and the next fit goes on from y; callbacks see x after the fit"
+    "An interruption leaves the weights at x, and the next fit continues from y; callbacks see x after the fit"
     class After(Callback):
         order = 5
         def after_fit(self): self.learn.was_averaged = self.learn.opt._averaged
@@ -773,7 +773,7 @@ def test_recalibrate_without_batchnorm():
 
 @pytest.mark.parametrize('mode', ['native','fused'])
 def test_beta_may_change_while_averaged(mode):
-    "y comes back as it was: its average was made with the beta of that time"
+    "y comes back unchanged: its average was made with the old beta"
     p = nn.Parameter(torch.linspace(1, 2, 8))
     opt = AdamWScheduleFree([p], lr=.1, **flags(mode))
     for _ in range(3): p.grad = torch.ones_like(p); opt.step()

@@ -1,5 +1,5 @@
-"""SOAP and Shampoo: what the general tests do not see. Their matrices, shapes of full rank beside another library, failures, checkpoints,
-gradient release, which parameters have no matrices."""
+"""SOAP and Shampoo: what the general tests don't cover. Their matrices, shapes of full rank compared with another library, failures,
+checkpoints, gradient release, which parameters have no matrices."""
 import contextlib,io,warnings
 
 import numpy as np,pytest,torch
@@ -76,7 +76,7 @@ def test_shampoo_beside_pytorch_optimizer(kw):
 @pytest.mark.parametrize('kw,tol', [(dict(precondition_frequency=100), 1e-9), (dict(precondition_frequency=3), 1e-6),
                                     (dict(precondition_frequency=2, max_precond_dim=4, merge_dims=True), 1e-6)])
 def test_soap_beside_pytorch_optimizer(kw, tol):
-    "Square matrices of full rank, or what is cut off. Its QR decomposition is in float32"
+    "Square matrices of full rank, or truncated ones. The library's QR decomposition is in float32"
     po,shapes = pytest.importorskip('pytorch_optimizer'),((4,4),(3,3,3),(2,2,2,3),(6,))
     a,_ = run(lambda ps: SOAP(ps, .01, **kw), 14, shapes)
     b,_ = run(lambda ps: po.SOAP(ps, .01, **{'max_precondition_dim' if k=='max_precond_dim' else k:v for k,v in kw.items()}), 14, shapes)
@@ -99,7 +99,7 @@ def test_soap_merges_all_axes_and_gives_vectors_a_basis():
 @pytest.mark.parametrize('mode', OURS[1:])
 def test_stacks_of_one_shape_and_large_matrices(f, mode, monkeypatch):
     "Stacked, and cut where a CPU stacks no more: with what native does with each alone"
-    for stack in (1<<18, 20): # two 4x4 together, or each by itself
+    for stack in (1<<18, 20): # two 4x4 together, or each alone
         for o in (H.axis_products, H.inverse_root, H.along_axes, S.turn_bases, S.eigenbasis): monkeypatch.setattr(o, 'stack', stack)
         a,oa = run(lambda ps: f(ps, .01, **KW[f], **flags(mode)))
         b,ob = run(lambda ps: f(ps, .01, **KW[f]))
@@ -232,7 +232,7 @@ def test_aux(mode):
     with pytest.raises(TypeError, match='pattern 3 is a int'): Shampoo(ps, .01, aux=3)
 
 def test_embeddings_and_the_head_take_adam_where_they_are_known():
-    "By default for SOAP; `aux=()` says that none do; Shampoo leaves none out by itself"
+    "By default for SOAP; `aux=()` says that none do; Shampoo leaves none out by default"
     model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     ps = list(model.parameters())
     def bases(f, named=True, **kw):

@@ -1,4 +1,4 @@
-"""Random lives of an optimizer, each mode beside a native twin that goes through the same: no order of events makes a mode read or write
+"""Random lives of an optimizer, each mode next to a native twin with the same events: no order of events makes a mode read or write
 stale memory.
 
 After each step parameters, grads and state are compared and the mode's values replaced, in place, by native's, so that roundings don't add
@@ -53,7 +53,7 @@ class Life(RuleBasedStateMachine):
         if hasattr(self, 'threads'): torch.set_num_threads(self.threads)
 
     def let_go(self, side, t):
-        "Remember a tensor of the mode's side that it uses no more, with its values"
+        "Remember a tensor that the mode no longer uses, with its values"
         if not side.native and t is not None: self.gone.append((t, t.detach().clone()))
 
     # -------- the step, and what must hold after it
@@ -153,7 +153,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.name=='adam')
     @rule(k=st.sampled_from([1,4]))
     def shrink(self, k):
-        "The same pointer and a shorter tensor: what is beyond its end must stay"
+        "The same pointer and a shorter tensor: memory beyond its end must stay"
         for s in self.sides:
             p = s.params[k]
             if p.numel()<3: continue
@@ -175,7 +175,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.casts)
     @rule(to=st.sampled_from([torch.float32, torch.float64]), grads=st.booleans())
     def cast(self, to, grads):
-        "`model.to(dtype)`: state stays as it is; grads go along, or stay, which leaves them in another dtype"
+        "`model.to(dtype)`: the state stays as it is; gradients are cast too, or keep their dtype"
         for s in self.sides:
             for p in s.params:
                 self.let_go(s, p.data)
@@ -251,7 +251,7 @@ class Life(RuleBasedStateMachine):
                 sd['slow_weights'] = L(L(o) for o in sd['slow_weights']) # fastai's Lookahead wants its own containers
             s.opt.load_state_dict(sd)
 
-    # -------- hypers, freezing, and the world round it
+    # -------- hypers, freezing, threads and copies
     @rule(v=st.sampled_from([0., .003, .02, slice(1e-4, 1e-2)]))
     def set_lr(self, v):
         for s in self.sides: s.opt.set_hyper('lr', v)
@@ -274,7 +274,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def deepcopy(self):
-        "Go on with copies"
+        "Continue with copies"
         for s in self.sides: s.params,s.opt = copy.deepcopy((s.params, s.opt))
 
 # FASTXTEND_OPT_SHRINK=1 looks for a shorter life that fails, which takes minutes

@@ -1,5 +1,4 @@
-"""How parameters and state of low precision are kept: Kahan compensation, stochastic rounding, state dtypes. Each mode against native, all
-against float64."""
+"Storage in low precision: Kahan compensation, stochastic rounding, state dtypes. Each mode against native, all against float64."
 from functools import partial
 
 import numpy as np,pytest,torch
@@ -20,7 +19,7 @@ def build(mode, params, cbs, storage, **hypers):
     return opt
 
 def of(name, mode, params, storage, **kw):
-    "A registered optimizer in `mode`, kept as `storage` says: its steppers and hyper-parameters in the engine's class"
+    "A registered optimizer in `mode`, kept as `storage` says: its steppers and hyperparameters in the engine's class"
     o = get_optimizer(name).func([nn.Parameter(torch.zeros(1))], lr=1., **kw)
     return build(mode, params, list(getattr(o, 'opt', o).cbs), storage, **dict(getattr(o, 'opt', o).hypers[0]))
 
@@ -37,9 +36,9 @@ def life(mode, cbs, storage, dtype, n=6, **hypers):
     return [p.detach() for p in params],detach_copy(opt.state_dict())
 
 class Beside:
-    """A mode and native in step: after each, low-precision values are at most one representable value apart, and nearly all equal (the
-    float32 of a compiled loop differs from eager torch's in its last bit, by fused multiply-adds, which now and then falls on the other
-    side of a rounding); then the mode goes on from native's values"""
+    """A mode and native side by side: after each step low-precision values are at most one representable value apart, and nearly all are
+    equal. The float32 of a compiled loop differs from eager torch's in its last bit by fused multiply-adds, which now and then falls on the
+    other side of a rounding. Then the mode continues from native's values."""
     def __init__(self, mode, cbs, storage, params, **hypers):
         self.params,twins = params,copy_params(params)
         self.opt,self.native = (build(m, two_groups(ps), cbs, storage, **hypers) for m,ps in ((mode,params),('native',twins)))
@@ -92,7 +91,7 @@ def test_users_steppers(mode, user):
 
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_float32_and_float64_parameters_are_as_ever(mode):
-    "In one optimizer with bfloat16 ones, which alone have a compensation"
+    "Next to bfloat16 parameters in one optimizer; only these have a compensation"
     dts = [torch.float32, torch.bfloat16, torch.float64]
     ps = [nn.Parameter(torch.linspace(1, 2, 7).to(d)) for d in dts]
     opt = build(mode, ps, ADAM, Storage(), lr=.01, mom=.9, sqr_mom=.99, eps=1e-3, wd=.1)
@@ -110,8 +109,8 @@ def test_float32_and_float64_parameters_are_as_ever(mode):
 WDS = (0.,.1)
 
 def drift(opt_func, dtype, lr=1e-4, n=2000, size=2112):
-    """Weights of 1 to 2 that drift towards targets far off, at a rate far below a bfloat16 step, without and with weight decay: where they
-    start and end, the weights themselves (what is seen) and with their compensation (what is kept)"""
+    """Weights of 1 to 2 drift towards distant targets, at a rate far below a bfloat16 step, without and with weight decay. Return where
+    they start and end: the weights themselves ('seen') and with their compensation ('kept')"""
     gen = torch.Generator().manual_seed(0)
     start = (torch.rand(size, generator=gen, dtype=torch.float64)+1).to(torch.bfloat16).double()
     target = start + torch.randn(size, generator=gen, dtype=torch.float64)
@@ -125,7 +124,7 @@ def drift(opt_func, dtype, lr=1e-4, n=2000, size=2112):
                                                                              c in zip(ps, comps)])
 
 def off(run, ref):
-    "Distance to where `ref` ends, as a share of its way: what is seen and what is kept, for each weight decay"
+    "Distance to the end of `ref` as a fraction of its path, of the visible weights and of weights plus compensation, for each weight decay"
     start,end,_ = ref
     return [((o-end).abs().mean(1)/(end-start).abs().mean(1)).tolist() for o in run[1:]]
 
@@ -136,8 +135,8 @@ CASES = {**{o.name: (o.name, dict(rprop=dict(step_max=1e-4), adabound=dict(final
 LIMITS = dict(qhadam=.015, adamw_schedulefree=.01, radam_schedulefree=.01, adahessian=.01,
     adagrad=.015, adadelta=.015, adamax=.01, nadam=.01, qhm=.015, diffgrad=.01, grams=.01, ademamix=.015, yogi=.01, adabound=.01,
     adamod=.02, swats=.01, adamp=.01, came=.01,
-    cadamw=.025, clion=.02) # the last bits decide of a mask, near the end of the way
-# a shorter way
+    cadamw=.025, clion=.02) # the last bits decide a mask, near the end of the path
+# a shorter path
 SEEN = dict(cadamw=.03, qhm=.025, adagrad=.025, diffgrad=.035, adamod=.03, ranger=.025, sgd_schedulefree=.025, adamw_schedulefree=.025,
             radam_schedulefree=.035)
 # where the weights go some way, and a step is less than half a bfloat16 one; a step of LARC is lr times .02 times a ratio of norms, here
@@ -155,10 +154,10 @@ def case(name, **kw):
 @pytest.mark.parametrize('name', CASES)
 @pytest.mark.engine
 def test_kahan_follows_float64(name):
-    """Weight and compensation within .5% of the way (with averages of .999 in bfloat16: QHAdam 1.5%, AdamW and RAdam of the schedule-free
-    1%), where plain bfloat16 does not move at all; what is seen of it, the bfloat16 weight, is off by its own rounding beside (a quarter of
-    a step on average, .002 here, of a way of .15 to .8; Ranger's is .09)"""
-    if name != 'madgrad': # it goes on from a float32 copy of its start, which moves
+    """Weight plus compensation end within 0.5% of the path (QHAdam, with averages of 0.999 in bfloat16, 1.5%; schedule-free AdamW and RAdam
+    1%), where plain bfloat16 does not move at all. The bfloat16 weight is also off by its own rounding: a quarter of a step on average,
+    here 0.002 of a path of 0.15 to 0.8 (Ranger's is 0.09)"""
+    if name != 'madgrad': # it continues from a float32 copy of its start, which moves
         assert case(name, kahan_sum=False, fused=True)[0] == [1.,1.] # after 300 steps all weights are where they were
     seen,kept = case(name, fused=True)
     assert max(kept) < LIMITS.get(name, .005) and max(seen) < SEEN.get(name, .02), (seen, kept)
@@ -184,8 +183,8 @@ OPTIMI = {'SGD': ('sgd', {}, 'SGD', dict(decouple_wd=True)), 'SGD, momentum': ('
 
 @pytest.mark.parametrize('name', [pytest.param(o, marks=() if o in ('SGD','AdamW','Lion','Ranger') else pytest.mark.slow) for o in OPTIMI])
 def test_closer_than_optimi(name):
-    """optimi adds the update to the compensation and decays the rounded weight: the decay is lost. Each against itself in float64, the
-    weights as they are seen"""
+    """optimi adds the update to the compensation and decays the rounded weight, which loses the decay. Each is compared with itself in
+    float64, by its bfloat16 weights"""
     import optimi
     row,hypers,cls,kw = OPTIMI[name]
     def theirs(**extra): return lambda groups, lr: getattr(optimi, cls)([dict(params=g, weight_decay=wd) for g,wd in zip(groups, WDS)],
@@ -215,7 +214,7 @@ def test_stochastic_rounding_leaves_what_fits_and_what_is_not_finite():
     assert sround_bfloat16(torch.tensor([float('nan')]), 1., 2., 3.).isnan().all()
 
 def test_steps_and_places_are_independent():
-    "Neighbouring elements, steps, seeds and salts draw unrelated bits"
+    "Adjacent elements, steps, seeds and salts draw unrelated bits"
     n = 100_000
     up = lambda *k: (sround_bfloat16(torch.full((n,), 1+.5/128), *map(float, k)) > 1).double() - .5
     a = up(1,2,3)
@@ -261,7 +260,7 @@ def test_a_step_that_raises_changes_nothing(mode):
 # ---------------------------------------------------------------- copies of the weights, and state that is made elsewhere
 @pytest.mark.parametrize('mode', ALL_MODES)
 def test_slow_weights_are_float32(mode):
-    "Whether their parameter has a gradient from the first step on or never; a sync keeps what rounding takes off"
+    "Also for parameters that never have a gradient; a sync keeps what rounding takes off"
     ps = [nn.Parameter(torch.linspace(1, 2, 16).bfloat16()) for _ in range(3)]
     with backend_of(mode): opt = get_optimizer('ranger').func(ps, lr=1e-3, k=3, **flags(mode))
     for i in range(7):

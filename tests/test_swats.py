@@ -32,17 +32,17 @@ def run(mode, n=30, skip=lambda i: (), **kw):
 KWS = {}, dict(sqr_mom=.9), dict(wd=.1), dict(wd=.1, decouple_wd=True)
 @pytest.mark.parametrize('kw,mode', [slow(kw, m, id=f'{kw}-{m}', when=m=='triton' and kw!=dict(wd=.1)) for kw in KWS for m in ALL_MODES])
 def test_against_the_reference(mode, kw):
-    "Groups switch in the course, each by itself (with weight decay as L2 one of them does not)"
+    "Groups switch separately during the run (with weight decay as L2 one of them does not)"
     rates = run(mode, **kw)
     at = [next((i for i,r in enumerate(rates) if r[j]), None) for j in (0,2)]
     assert at[0] is not None and 0 < at[0] < 28 and (at[1] is None) == (kw==dict(wd=.1)), at
 
-@pytest.mark.parametrize('mode', ALL_MODES)
+@interpreted_slow(ALL_MODES)
 def test_late_and_missing_gradients(mode):
     "A tensor that was not stepped has its group's rate when it is back; one whose first gradient comes late takes one step of Adam"
     run(mode, skip=lambda i: [1] if i < 22 else [2] if i%3 else [])
 
-@pytest.mark.parametrize('mode', ALL_MODES)
+@interpreted_slow(ALL_MODES)
 def test_gradient_release_and_accumulation(mode):
     def go(release):
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ def test_gradient_release_and_accumulation(mode):
     assert_bitwise(b, a)
     assert any(float(s['sgd_rate']) > 0 for s in a['opt']['state'])
 
-@pytest.mark.parametrize('mode', ALL_MODES)
+@interpreted_slow(ALL_MODES)
 def test_checkpoint_in_each_phase(mode):
     def opt_of(ps):
         with backend_of(mode): return SWATS(two_groups(ps), lr=.01, switch_tol=.05, sqr_mom=.9, **flags(mode))

@@ -1,4 +1,4 @@
-"""The fused mode on a GPU, as far as it can be held without one. The matrix runs every optimizer through Triton's interpreter (mode
+"""The fused mode on a GPU, as far as it can be tested without one. The matrix runs every optimizer through Triton's interpreter (mode
 'triton'); here are the backend's choice and its refusals, torch's AMP, the bookkeeping of a launch, and that the text of every kernel
 compiles for a real GPU, with vector loads."""
 import contextlib,json,os,subprocess,sys
@@ -30,7 +30,7 @@ def make(name, params, mode='triton', **kw):
 
 # ---------------------------------------------------------------- which backend
 def test_backend_follows_the_environment(monkeypatch):
-    "Read when the optimizer is made; each goes on with its own"
+    "The variable is read when the optimizer is made; each one keeps its backend"
     opts = []
     for name in ('triton','cpp',''):
         monkeypatch.setenv(BACKEND, name)
@@ -163,7 +163,7 @@ def test_a_schedule_makes_no_new_kernel(monkeypatch):
 # the generator of stochastic rounding wraps around, as it has to
 @pytest.mark.parametrize('kw', [dict(dtype=torch.bfloat16, state_dtype=torch.float32, kahan_sum=False), {}], ids=['bf16','f32'])
 def test_integers_do_not_overflow(kw, monkeypatch):
-    "conftest.py switches the interpreter's search for this off, which takes a third of its time and without `debug` says nothing"
+    "conftest.py turns off the interpreter's own check, which takes a third of its time and reports nothing without `debug`"
     from triton.runtime import interpreter as ti
     monkeypatch.setattr(ti.interpreter_builder, 'options', replace(ti.interpreter_builder.options, sanitize_overflow=True, debug=True))
     kw = dict(kw)
@@ -253,7 +253,7 @@ def test_grad_scaler(name, amp_scaling, overflows):
 @pytest.mark.parametrize('overflows', [(), (0,), (1,4)], ids=str)
 @pytest.mark.parametrize('stepper', [s_buffer_from_grad, s_keeps_grad, s_scales_grad, s_spread], ids=lambda o: o.__name__)
 def test_grad_scaler_and_steppers_that_keep_the_gradient(stepper, overflows):
-    "What is kept of a gradient is the unscaled one, wherever it is loaded again; and nothing of one that overflowed"
+    "State that keeps a gradient keeps the unscaled one, wherever it is loaded again, and nothing of one that overflowed"
     a,oa,_ = amp_run(stepper, 'triton', True, overflows)
     b,ob,_ = amp_run(stepper, 'native', False, overflows)
     assert_same([p.detach() for p in a], [p.detach() for p in b], **TOL[torch.float32])
@@ -294,7 +294,7 @@ def test_grad_scaler_with_unscale():
     assert_same(detach_copy(oa.state_dict()), detach_copy(ob.state_dict()), **TOL[torch.float32])
 
 def test_grad_scaler_asks_only_where_it_was_told():
-    "By itself an optimizer does not offer torch's protocol; wrappers that pass attributes on never do"
+    "An optimizer does not offer torch's protocol by default; wrappers that pass attributes on never do"
     opt = make('adam', two())
     assert not opt._step_supports_amp_scaling
     opt.amp_scaling = True
@@ -305,7 +305,7 @@ def test_grad_scaler_asks_only_where_it_was_told():
 
 @pytest.mark.parametrize('inf', [False, True])
 def test_grad_scaler_with_parameters_that_have_gaps(inf):
-    "A parameter without a kernel takes the plain way, with all the others"
+    "With a parameter that has no kernel, all parameters are unscaled in the ordinary way"
     def run(mode):
         base = torch.ones(6,6)
         params = [nn.Parameter(base[:,:3]), nn.Parameter(torch.ones(4))]
@@ -321,7 +321,7 @@ def test_grad_scaler_with_parameters_that_have_gaps(inf):
     assert_same(run('triton'), run('native'), **TOL[torch.float32])
 
 def test_overflow_is_settled_before_anyone_looks():
-    "state, state_dict, a copy and a pickle all show what is true, whichever comes first"
+    "state, state_dict, a copy and a pickle all show the true counters, whichever comes first"
     import copy,pickle
     looks = [lambda o: o.state[o.param_lists[0][0]].get('step', 0), lambda o: o.state_dict()['state'][0].get('step', 0),
              lambda o: copy.deepcopy(o).state_dict()['state'][0].get('step', 0),
@@ -372,8 +372,8 @@ def compile_for(target, what, tmp_path):
 
 @pytest.mark.parametrize('what', ['core', pytest.param('optimizers', marks=pytest.mark.slow)])
 def test_optimizers_compile_for_cuda(what, tmp_path):
-    """PTX and machine code for an H100, from Triton's own compiler: `CORE`, or every registered optimizer, float32 and bfloat16. Whole blocks
-    are loaded and stored as vectors."""
+    """PTX and machine code for an H100, from Triton's own compiler: `CORE`, or every registered optimizer, float32 and bfloat16. Whole
+    blocks are loaded and stored as vectors."""
     res = compile_for(['cuda', 90, 32], what, tmp_path)
     assert {k.split('.')[0].split('-')[0] for k in res}==set(NAMES if what=='optimizers' else CORE)
     for k,v in res.items():

@@ -1,4 +1,4 @@
-"""AdaHessian with gradients in the place of estimates, as a dry run has them: Adam with a power of its root. With estimates:
+"""AdaHessian with gradients instead of estimates, as a dry run has them: Adam with a power of its root. With estimates:
 tests/test_adahessian.py"""
 from oracles import peer
 from reference.adahessian import AdaHessian

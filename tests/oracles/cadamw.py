@@ -1,4 +1,4 @@
-"C-AdamW: the paper's mask round Adam, timm's `caution=True`"
+"C-AdamW: the paper's mask around Adam, timm's `caution=True`"
 import pytest
 from reference.cautious import CAdamW
 from oracles import peer

@@ -1,4 +1,4 @@
-"C-Lion: the paper's mask round Lion, timm's `caution=True`"
+"C-Lion: the paper's mask around Lion, timm's `caution=True`"
 import pytest
 from reference.cautious import CLion
 from oracles import peer

@@ -22,7 +22,7 @@ def timm_mars(h):
 
 @peer()
 def po_mars(h):
-    "Its eps stands beside the root of what is not debiased"
+    "It adds eps to the root of the average before bias correction"
     po = pytest.importorskip('pytorch_optimizer')
     return lambda g: po.MARS(g, lr=1., betas=(h['mom'],h['sqr_mom']), eps=h['eps'], gamma=h['gamma'], mars_type=h['mars_type'],
                              optimize_1d=h['optimize_1d'], foreach=False)

@@ -6,13 +6,13 @@ def REFERENCE(theta, h, lam): return Shampoo(theta, h['mom'], h['eps'], h['preco
                                              h['decouple_wd'])
 STATE = dict(step='t') # the matrices: tests/test_soap.py
 DEFAULTS = dict(mom=0., eps=1e-4, precondition_frequency=1, max_precond_dim=4096, aux=None, wd=0., decouple_wd=False)
-# A spike of 1e3 leaves 1e-8 of noise in all eigenvalues of a matrix: where there are fewer gradients than rows, that counts beside `eps`.
-# So there it is large, or matrices are small
+# A spike of 1e3 leaves 1e-8 of noise in all eigenvalues of a matrix: where there are fewer gradients than rows, that matters compared with
+# `eps`. So there it is large, or matrices are small
 CASES = [dict(mom=0., eps=1., precondition_frequency=1, max_precond_dim=4096),
          dict(mom=.5, eps=.1, precondition_frequency=4, max_precond_dim=4),
          dict(mom=.9, eps=1., precondition_frequency=3, max_precond_dim=3)] # 3: axes of both kinds in one tensor
 
-# A sum of fewer gradients than rows has eigenvalues of `eps` beside large ones: in float32 rounding decides them (seen: .7% of a root). No
+# A sum of fewer gradients than rows has eigenvalues of `eps` next to large ones: in float32 rounding decides them (seen: .7% of a root). No
 # gradient has a part in these directions, and the weights agree
 ROUNDED = [f'inv_precond_{i}' for i in range(4)]
 

@@ -2,7 +2,7 @@ import numpy as np
 from .decay import decay
 
 class AdaBelief:
-    """Zhuang et al. 2020 (2010.07468), algorithm 2. Choices, the authors' code: eps enters s at each step and stands beside its root again;
+    """Zhuang et al. 2020 (2010.07468), algorithm 2. Choices, the authors' code: eps enters s at each step and is added to its root again;
     `rectify` as RAdam where rho_t >= 5, then with eps beside the root of the uncorrected s, and a step along m_hat before."""
     def __init__(self, theta, beta1=.9, beta2=.999, eps=1e-16, rectify=False, lam=0., decoupled=True):
         self.theta,self.beta1,self.beta2,self.eps = np.array(theta, dtype=np.float64),beta1,beta2,eps

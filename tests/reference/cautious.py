@@ -3,7 +3,7 @@ from reference.adam import Adam
 from reference.lion import Lion
 
 class _Cautious:
-    """Liang et al. 2024 (2411.16085), algorithm 1 round another one, whose step without decay is masked. Choices: the mask is divided by
+    """Liang et al. 2024 (2411.16085), algorithm 1 around another one, whose step without decay is masked. Choices: the mask is divided by
     max(mean, 1e-3) (the authors' C-AdamW), decay comes first and is not masked, `g` is the gradient with L2."""
     def __init__(self, theta, *args, lam=0., decoupled=True, **kwargs):
         super().__init__(theta, *args, lam=0., **kwargs)
