@@ -1,6 +1,7 @@
 """Everything: `from fastxtend_opt.all import *`, after fastai's, so that `Adam` and its like are this library's
 
 Written by hand; `tests/test_package.py` holds it against the modules. The commands (`tools.cli`, `tools.compare`, `tools.demo`) are not part of it."""
+from .protocol import *
 from .engine.ops import *
 from .engine.kinds import *
 from .engine.tape_tensor import *
@@ -94,6 +95,7 @@ from .algorithms.centralize import *
 from .training.schedule import *
 from .training.rule_table import *
 from .training.rules import *
+from .training.averaged_weights import *
 from .training.learner import *
 from .training.decoupled_decay import *
 from .training.low_precision import *

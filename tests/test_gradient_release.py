@@ -326,7 +326,7 @@ def test_lifetime(mode, f):
 def test_remove():
     m,opt = one('fused', Ranger)
     remove_gradient_release(m); remove_gradient_release(m)
-    assert n_hooks(m)==0 and not gr._releases and not opt._released
+    assert n_hooks(m)==0 and not gr._releases and not opt.released
     back(m)
     assert m[0].weight.grad is not None
     opt.step()
@@ -552,7 +552,7 @@ def run(how):
     if how=='refused':
         prepare_for_gradient_release(m, opt)
         try: DDP(m)(torch.ones(1, 8))
-        except RuntimeError as e: assert 'put round a model that was prepared before' in str(e), e
+        except RuntimeError as e: assert 'wrapped in DistributedDataParallel after it was prepared' in str(e), e
         else: raise AssertionError('not refused')
         remove_gradient_release(m)
     d = DDP(m, bucket_cap_mb=.0005, gradient_as_bucket_view=how=='view') # several buckets

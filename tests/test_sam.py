@@ -165,8 +165,8 @@ def test_what_is_refused():
     with pytest.raises(RuntimeError, match='there is no second gradient'): opt.second_step()
     with pytest.raises(ValueError, match='no parameter has a gradient'): opt.first_step()
     for o in (SAM(SGD([p], .1)), SVRG(SGD([p], .1)), Lookahead(SAM(SGD([p], .1)))):
-        with pytest.raises(ValueError, match='SAM round (SAM|SVRG|Lookahead)'): SAM(o)
-    with pytest.raises(ValueError, match='SAM round AdaHessian'): SAM(AdaHessian([p], .1))
+        with pytest.raises(ValueError, match='SAM around (SAM|SVRG|Lookahead)'): SAM(o)
+    with pytest.raises(ValueError, match='SAM around AdaHessian'): SAM(AdaHessian([p], .1))
     with pytest.raises(ValueError, match='schedule-free'): SAM(AdamWScheduleFree([p], .1))
     with pytest.raises(TypeError, match='got a SGD'): SAM(torch.optim.SGD([p], .1))
     for bad in (-1, float('nan'), '.1', True):

@@ -151,8 +151,8 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match='coef='): SVRG(SGD([p], .1), bad)
         with pytest.raises(ValueError, match='coef='): svrg(sgd(), bad)
     for o in (SVRG(SGD([p], .1)), SAM(SGD([p], .1))):
-        with pytest.raises(ValueError, match='SVRG round (SAM|SVRG)'): SVRG(o)
-    with pytest.raises(ValueError, match='round AdaHessian'): SVRG(AdaHessian([p], .1))
+        with pytest.raises(ValueError, match='SVRG around (SAM|SVRG)'): SVRG(o)
+    with pytest.raises(ValueError, match='around AdaHessian'): SVRG(AdaHessian([p], .1))
     with pytest.raises(ValueError, match='schedule-free'): SVRG(SGDScheduleFree([p]))
     with pytest.raises(TypeError, match='got a SGD'): SVRG(torch.optim.SGD([p], .1))
     with pytest.raises(ValueError, match='gradient release: SAM and SVRG'): prepare_for_gradient_release(nn.Linear(2, 2), opt)

@@ -67,7 +67,7 @@ def AccSGD(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AccSGD, accelerated SGD"
     groups = as_groups(params)
     kappas,xis = (group_values(k, v, len(groups)) for k,v in dict(kappa=kappa, xi=xi).items())

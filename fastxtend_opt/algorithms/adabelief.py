@@ -83,7 +83,7 @@ def AdaBelief(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdaBelief"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_variance, step_stat,
            rectified_belief_step if rectify else adabelief_step]

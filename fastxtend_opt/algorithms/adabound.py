@@ -78,7 +78,7 @@ def AdaBound(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdaBound or AMSBound"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat,
            partial(adabound_step, amsbound=amsbound)]

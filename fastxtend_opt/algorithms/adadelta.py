@@ -40,7 +40,7 @@ def AdaDelta(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`, as in torch)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdaDelta"
     cbs = [decay_stepper(decouple_wd), average_sqr_grad, adadelta_step]
     return make_optimizer(params, cbs, lr=lr, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)

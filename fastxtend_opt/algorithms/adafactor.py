@@ -124,7 +124,7 @@ def AdaFactor(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdaFactor"
     cbs = ([] if decouple_wd else [l2_reg]) + [step_stat, adafactor_averages,
         partial(adafactor_step, decouple_wd=decouple_wd, scale_parameter=scale_parameter)]

@@ -54,7 +54,7 @@ def AdaGrad(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`, as in torch)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdaGrad with a diagonal matrix"
     cbs = [decay_stepper(decouple_wd), step_stat, sum_sqr_grad, adagrad_step]
     return make_optimizer(params, cbs, lr=lr, lr_decay=lr_decay, init_acc=init_acc, eps=eps, wd=wd, **kwargs)

@@ -93,7 +93,7 @@ def AdaHessian(
     avg_conv_kernel:bool=False, # Average the estimate over the kernel axes of convolutions? The authors' code does
     wd:float=0., # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdaHessian; a `Learner` makes the estimates by itself, a loop of yours by `estimate_hessian`"
     how = dict(n_samples=valid_hyper('n_samples', n_samples), update_each=valid_hyper('update_each', update_each), avg_conv_kernel=bool(avg_conv_kernel))
     cbs = [average_sqr_hessian, weight_decay, partial(average_grad, dampening=True), step_stat, adahessian_step]

@@ -24,7 +24,7 @@ def Adam(
     wd:float=.01, # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`, AdamW) or L2 regularization (`False`, Adam)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Adam or AdamW"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, adam_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)

@@ -54,7 +54,7 @@ def AdamMini(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Adam-mini"
     if partition not in PARTITIONS:
         raise ValueError(f"partition={partition!r} is not valid: it must be one of {', '.join(map(repr, PARTITIONS))}.")

@@ -120,7 +120,7 @@ def AdamP(
     nesterov:bool=False, # Use Nesterov momentum: average the gradient in once more?
     wd:float=0., # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdamP"
     cbs = [partial(average_grad, dampening=True), average_sqr_grad, step_stat, partial(adamp_step, nesterov=nesterov)]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, delta=delta, wd_ratio=wd_ratio, wd=wd, **kwargs)
@@ -138,7 +138,7 @@ def SGDP(
     nesterov:bool=False, # Use Nesterov momentum: step along the gradient plus `mom` times the sum?
     wd:float=0., # Weight decay (λ), decoupled and divided by `1-mom`
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "SGDP"
     cbs = [dampened_sum, partial(sgdp_step, nesterov=nesterov)]
     return make_optimizer(params, cbs, lr=lr, mom=mom, dampening=dampening, eps=eps, delta=delta, wd_ratio=wd_ratio, wd=wd, **kwargs)

@@ -82,7 +82,7 @@ def Adan(
     wd:float=.02, # Weight decay (λ), decoupled and proximal: divides the weights by `1+lr*wd` after the step
     paper_init:bool=True, # Use 0 as the first change, as in the paper (`True`), or the gradient itself, fastxtend's default (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Adan"
     cbs = [step_stat, partial(adan_averages, paper_init=paper_init), adan_step, proximal_decay]
     return make_optimizer(params, cbs, lr=lr, beta1=beta1, beta2=beta2, beta3=beta3, eps=eps, wd=wd, **kwargs)

@@ -124,7 +124,7 @@ def AdEMAMix(
     eps:float=1e-8, # Added to the square root to avoid division by 0 (ε)
     wd:float=0., # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AdEMAMix"
     groups = as_groups(params)
     for g in groups:

@@ -73,7 +73,7 @@ def ADOPT(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`, the authors' default)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "ADOPT"
     cbs = [step_stat, adopt_decay if decouple_wd else l2_reg, adopt_averages, adopt_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, clip_exp=clip_exp, wd=wd, **kwargs)

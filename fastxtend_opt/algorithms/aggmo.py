@@ -50,7 +50,7 @@ def AggMo(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "AggMo, aggregated momentum"
     if not is_listy(betas) or not len(betas):
         raise ValueError(f"betas={betas!r} must be a tuple with at least one momentum, such as (0., .9, .99).")

@@ -95,7 +95,7 @@ def Apollo(
     wd:float=0., # Weight decay
     decouple_wd:bool=False, # Add `wd*p` to the direction (`True`) or to the gradient (`False`, L2, the authors' default with 'constant')?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Apollo"
     if rebound not in REBOUNDS: raise ValueError(f"rebound={rebound!r} is unknown: it must be one of {', '.join(REBOUNDS)}.")
     if init_lr is not None: init_lr = valid_hyper('init_lr', init_lr)

@@ -76,7 +76,7 @@ def CAME(
     clip_threshold:float=1., # Largest root mean square of an update (d), > 0
     wd:float=0., # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "CAME"
     cbs = [weight_decay, came_sqr_averages, came_average, came_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, beta3=beta3, eps1=eps1, eps2=eps2,

@@ -39,7 +39,7 @@ def CAdamW(
     wd:float=.01, # Weight decay
     decouple_wd:bool=True, # Use decoupled weight decay (`True`, AdamW) or L2 regularization (`False`, Adam)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "C-AdamW: `Adam` with `cautious=True`"
     kwargs = _switch(kwargs, 'Adam')
     return Adam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, decouple_wd=decouple_wd, cautious=True, **kwargs)
@@ -54,7 +54,7 @@ def CLion(
     beta2:float=.99, # Moving average coefficient of the gradient (β2), in [0, 1)
     wd:float=.1, # Weight decay, decoupled, 3 to 10 times Adam's; the ports use 0
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "C-Lion: `Lion` with `cautious=True`"
     return Lion(params, lr, beta1=beta1, beta2=beta2, wd=wd, cautious=True, **_switch(kwargs, 'Lion'))
 

@@ -44,7 +44,7 @@ def Lamb(
     wd:float=.01, # Weight decay (λ); fastai's default is 0
     decouple_wd:bool=True, # Use decoupled weight decay, outside the trust ratio (`True`), or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "LAMB"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, lamb_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, **kwargs)
@@ -52,7 +52,7 @@ def Lamb(
 # %% ../../nbs/algorithms/lamb.ipynb #0aa2d2ab
 register(Lamb, title='LAMB', category='adaptive', kind='reduction', state=('grad_avg','sqr_avg'), oracle='fastai.optimizer.Lamb',
     paper='Large Batch Optimization for Deep Learning: Training BERT in 76 minutes', year=2019, arxiv='1904.00962', authors='You et al.',
-    settings=(('BERT, batch 32K', '`lr=5e-3, sqr_mom=.999, eps=1e-6, wd=.01`, `lr` times the square root of the batch size, linear warm-up and decay',
-               '1904.00962'),
+    settings=(('BERT, batch 32K', '`lr=5e-3, sqr_mom=.999, eps=1e-6, wd=.01`, `lr` scaled with the square root of the batch size, '
+               'linear warm-up and decay', '1904.00962'),
               ('ResNet50, batch 2,048', '`lr=5e-3` (8e-3 for 100 epochs), `wd=.01` to `.02`, cosine', '2110.00476')))
 lamb = factory(Lamb)

@@ -56,7 +56,7 @@ def Larc(
     wd:float=0., # Weight decay (β)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`, as in the paper)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "LARC, or LARS with `clip=False`"
     groups = as_groups(params)
     average = [average_grad] if in_use('mom', mom, groups) else []

@@ -26,6 +26,7 @@ def lion_step(
     p.data.add_(update, alpha=-lr)
     return {'grad_avg': grad_avg}
 
+# %% ../../nbs/algorithms/lion.ipynb #a2093ffa
 def lion_average(
     p, # The parameter
     beta2:float, # Moving average coefficient of the gradient (β2)
@@ -45,7 +46,7 @@ def Lion(
     beta2:float=.99, # Moving average coefficient of the gradient (β2), in [0, 1)
     wd:float=.1, # Weight decay (λ), decoupled, 3 to 10 times Adam's; the ports use 0
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Lion"
     return make_optimizer(params, [weight_decay, lion_step, lion_average], lr=lr, beta1=beta1, beta2=beta2, wd=wd, **kwargs)
 

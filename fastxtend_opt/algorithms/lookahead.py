@@ -16,6 +16,7 @@ from ..optimizer.state import plain_state, state_for
 from ..optimizer.steppers import check_round
 from ..optimizer.traced import TapeOptimizer
 from ..definition.hypers import valid_hyper
+from ..training.gradient_release import ReleasableWrapper
 
 # %% ../../nbs/algorithms/lookahead.ipynb #30e2a4f8
 def slow_weights(
@@ -40,7 +41,7 @@ def lookahead_step(
         p.data.copy_(slow_p)
 
 # %% ../../nbs/algorithms/lookahead.ipynb #59480716
-class Lookahead(_FastaiLookahead):
+class Lookahead(ReleasableWrapper, _FastaiLookahead):
     "Lookahead (2019, arXiv 1907.08610) round any optimizer: fastai's own, one of the engines, or a wrapped torch optimizer"
     def __init__(self,
         opt:Optimizer, # Optimizer to wrap
@@ -84,26 +85,27 @@ class Lookahead(_FastaiLookahead):
         "A step of the wrapped optimizer, and every `k`-th time a sync"
         if not self.one_pass: return super().step(closure)
         if closure is not None: raise NotImplementedError("fastai optimizers currently do not support closure")
-        (extra,before),self._pending = self._pending or (self._begin(), set()),None
-        stepped = {id(p) for p in self._params() if p.grad is not None} if self._released or extra['la_sync'] else set()
-        if self._released and not stepped: return # each parameter was stepped when its gradient came
+        (extra,before),self.pending = self.pending or (self.begin_step(), set()),None
+        stepped = {id(p) for p in self._params() if p.grad is not None} if self.released or extra['la_sync'] else set()
+        if self.released and not stepped: return # each parameter was stepped when its gradient was complete
         self.opt.step(**extra)
-        self._end(extra, stepped | before)
+        self.end_step(extra, stepped | before)
 
-    _released = False # Are the parameters stepped in the backward pass?
-    _pending = None # What a backward pass has begun, if parameters that it did not step are left for `step`
-    def _begin(self):
-        "What the steppers have to know of the step to come"
+    def begin_step(self)->dict: # `la_sync` and `la_alpha`
+        "What the steppers need to know about the next step"
         return dict(la_sync=not self.optimizer_accumulation and (self.count+1)%self.k == 0, la_alpha=self.alpha)
 
-    def _end(self, extra, stepped):
-        "Count a step, in which the parameters with ids in `stepped` were stepped"
+    def end_step(self,
+        extra:dict, # What `begin_step` returned
+        stepped:set # Ids of the parameters that were stepped
+    ):
+        "Count a step, and sync the parameters that it left out"
         if not self._started: self._start()
         if self.optimizer_accumulation: return
         self.count += 1
         if extra['la_sync']: self._sync_rest(stepped)
 
-    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('_released','_pending')}
+    def __getstate__(self): return {k:v for k,v in self.__dict__.items() if k not in ('released','pending')}
 
     def _params(self): return [p for pg in self.param_lists for p in pg]
 

@@ -154,7 +154,7 @@ def Prodigy(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Decay by `d*lr*wd`, or L2 regularization (False)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Prodigy; the present size of the steps is `opt.d`"
     if beta3 is not None: beta3 = valid_hyper('beta3', beta3)
     d0,d_coef,growth_rate = (valid_hyper(k, v) for k,v in dict(d0=d0, d_coef=d_coef, growth_rate=growth_rate).items())

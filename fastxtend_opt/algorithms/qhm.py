@@ -39,7 +39,7 @@ def QHM(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "SGD with quasi-hyperbolic momentum"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), qhm_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, nu=nu, wd=wd, **kwargs)

@@ -25,7 +25,7 @@ def RAdam(
     beta:float=0., # Sharpness of SAdam's softplus (β); 0 gives plain RAdam
     decouple_wd:bool=True, # Use decoupled weight decay (`True`, RAdamW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "RAdam, or SAdam if `beta` is not 0"
     cbs = [decay_stepper(decouple_wd), partial(average_grad, dampening=True), average_sqr_grad, step_stat, radam_step]
     return make_optimizer(params, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, **kwargs)

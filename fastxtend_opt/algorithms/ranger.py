@@ -26,7 +26,7 @@ def Ranger(
     beta:float=0., # Sharpness of SAdam's softplus (β); 0 gives plain RAdam
     decouple_wd:bool=True, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Lookahead:
+)->Lookahead: # In the mode that a flag names, or native
     "Ranger: `RAdam` inside `Lookahead`"
     k,alpha = valid_hyper('k', k),valid_hyper('alpha', alpha)
     opt = RAdam(params, lr, mom=mom, sqr_mom=sqr_mom, eps=eps, wd=wd, beta=beta, decouple_wd=decouple_wd, **kwargs)

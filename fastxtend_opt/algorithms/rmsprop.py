@@ -24,7 +24,7 @@ def RMSProp(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`, RMSPropW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "RMSProp, optionally with momentum"
     groups = as_groups(params)
     averages = [average_grad, average_sqr_grad] if in_use('mom', mom, groups) else [average_sqr_grad]

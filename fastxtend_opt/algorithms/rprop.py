@@ -61,7 +61,7 @@ def Rprop(
     step_max:float=50., # Largest step size (Δmax), > 0
     wd:float=0., # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Rprop, without weight backtracking (iRprop-)"
     return make_optimizer(params, [weight_decay, rprop_sizes, rprop_step], lr=lr, eta_minus=eta_minus, eta_plus=eta_plus, step_min=step_min,
                           step_max=step_max, wd=wd, **kwargs)

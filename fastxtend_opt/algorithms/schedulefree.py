@@ -4,31 +4,26 @@
 
 # %% auto #0
 __all__ = ['sgd_schedulefree', 'adamw_schedulefree', 'radam_schedulefree', 'start_at_weights', 'average_weight', 'warmed_lr',
-           'sgd_schedulefree_step', 'adamw_schedulefree_step', 'radam_schedulefree_step', 'ScheduleFreeOptimizer',
-           'NativeScheduleFree', 'ForEachScheduleFree', 'JitScheduleFree', 'FusedScheduleFree', 'SGDScheduleFree',
-           'AdamWScheduleFree', 'RAdamScheduleFree', 'ScheduleFree', 'schedule_free', 'ScheduleFreeMode',
+           'sgd_schedulefree_step', 'adamw_schedulefree_step', 'radam_schedulefree_step', 'SGDScheduleFree',
+           'AdamWScheduleFree', 'RAdamScheduleFree', 'ScheduleFree', 'schedule_free', 'ScheduleFreeOptimizer',
+           'NativeScheduleFree', 'ForEachScheduleFree', 'JitScheduleFree', 'FusedScheduleFree', 'ScheduleFreeMode',
            'averaged_weights', 'recalibrate_bn']
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #b7e821b4
-from contextlib import contextmanager
-from functools import partial, wraps
-from warnings import warn
+from functools import partial
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from fastcore.foundation import L
-from fastai.callback.core import Callback
-from fastai.callback.schedule import LRFinder, ParamScheduler
-from fastai.learner import Learner
 from fastai.optimizer import Optimizer, average_grad, average_sqr_grad, step_stat
-from ..optimizer.fused import FusedOptimizer
-from ..optimizer.native import NativeOptimizer
 from ..optimizer.steppers import check_round, inner_stepper, run_on_rule, within_rule
-from ..optimizer.traced import ForEachOptimizer, JitOptimizer
 from ..definition.factories import factory, options
 from ..definition.hypers import group_values, hyper_ranges, Within
 from ..definition.make import make_optimizer
 from ..definition.modifiers import decays_weights
 from ..definition.registry import register
+from ..training.averaged_weights import (
+    ForEachScheduleFree, FusedScheduleFree, JitScheduleFree, NativeScheduleFree, ScheduleFreeMode, ScheduleFreeOptimizer,
+    as_schedule_free, averaged_weights, recalibrate_bn, schedule_free_classes)
 from .lion import lion_average, lion_step
 from .stableadam import debiased_averages, debiased_mom
 
@@ -150,91 +145,8 @@ def radam_schedulefree_step(
     return new
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #e22ac4e3
-class ScheduleFreeOptimizer:
-    "What schedule-free optimizers have beside the optimizer of their mode"
-    _averaged = False # Are the averaged weights in the parameters?
-    refuses = dict(lookahead='it averages the weights itself, and a sync would move the training weights away from the other two sequences. Take one of them.',
-                   schedule_free='it is schedule-free already.', cautious='without momentum each step goes along its gradient, and there is nothing to mask.')
-    @property
-    def learner_cbs(self): return (*self.__dict__.get('learner_cbs', ()), ScheduleFreeMode)
-
-    def _each(self, key):
-        "Parameters that have `key` in their state, their state and `beta`"
-        for pg,h in zip(self.param_lists, self.hypers):
-            for p in pg:
-                st = self.state[p] if p in self.state else {}
-                if key in st: yield p,st,h.get('sf_beta', h.get('beta'))
-
-    def _whole(self, p, y, st):
-        "The weights `y` in the precision of z"
-        y = y.to(st['z'].dtype)
-        return y if 'kahan_comp' not in st else y + st['kahan_comp'].to(y.dtype)
-
-    def _average(self, p, y, st, beta): return torch.lerp(self._whole(p, y, st), st['z'], 1-1/beta).to(p.dtype)
-
-    @torch.no_grad()
-    def eval(self):
-        "Put the averaged weights (x) into the parameters, if they aren't there"
-        if self._averaged: return self
-        for p,st,beta in self._each('z'):
-            st['y'],st['y_beta'] = p.detach().clone(),float(beta)
-            p.copy_(self._average(p, st['y'], st, beta))
-        self._averaged = True
-        return self
-
-    @torch.no_grad()
-    def train(self,
-        mode:bool=True # `False` is `eval()`
-    ):
-        "Put the training weights (y) into the parameters, if they aren't there"
-        if not mode: return self.eval()
-        if not self._averaged: return self
-        for p,st,_ in self._each('y'):
-            y,beta = st.pop('y'),st.pop('y_beta')
-            x = self._average(p, y, st, beta)
-            if torch.equal(p, x): p.copy_(y)
-            else: # somebody has changed the weights: y and z go with them
-                moved = p.to(st['z'].dtype) - x.to(st['z'].dtype)
-                whole = self._whole(p, y, st) + moved
-                st['z'].add_(moved)
-                p.copy_(whole)
-                if 'kahan_comp' in st: st['kahan_comp'].copy_(whole - p.to(whole.dtype))
-        self._averaged = False
-        return self
-
-    def _check_step(self):
-        "A step with the averaged weights in the parameters is an error"
-        if self._averaged: raise RuntimeError("a schedule-free optimizer was told to step with the averaged weights in the model: their gradients are not those of the training weights. Call opt.train() before the training batches, opt.eval() before you evaluate or save.")
-
-    def clear_state(self):
-        "Forget the sequences: training goes on from the averaged weights"
-        self.eval()
-        super().clear_state()
-        self._averaged = False
-
-    def state_dict(self):
-        "State and hyper-parameters; `train` and `eval` leave the dicts of it alone"
-        sd = super().state_dict()
-        return {**sd, 'state': [dict(s) for s in sd['state']]}
-
-    def load_state_dict(self, sd):
-        "Load `sd`, with the weights in the model that were there when it was made"
-        super().load_state_dict({**sd, 'state': [dict(s) for s in sd['state']]} if isinstance(sd, dict) and all(isinstance(s, dict) for s in sd.get('state', ())) else sd)
-        self._averaged = any(True for _ in self._each('y'))
-
-class NativeScheduleFree(ScheduleFreeOptimizer, NativeOptimizer): "Schedule-free, native mode"
-class ForEachScheduleFree(ScheduleFreeOptimizer, ForEachOptimizer): "Schedule-free, foreach mode"
-class JitScheduleFree(ScheduleFreeOptimizer, JitOptimizer): "Schedule-free, jit mode"
-class FusedScheduleFree(ScheduleFreeOptimizer, FusedOptimizer): "Schedule-free, fused mode"
-
-_classes = {NativeOptimizer:NativeScheduleFree, ForEachOptimizer:ForEachScheduleFree, JitOptimizer:JitScheduleFree, FusedOptimizer:FusedScheduleFree}
-
-def _schedule_free(opt, key='beta'):
-    "Give `opt` the methods of a schedule-free optimizer; `key` is what it calls beta"
-    for v in (h[key] for h in opt.hypers):
-        if not 0 < v < 1: raise ValueError(f"beta={v!r} is out of range: it must be a finite number in (0, 1). It is the share of the averaged weights in those that are trained, .9 to .98 as a rule.")
-    opt.__class__ = _classes[type(opt)]
-    return opt
+_all_ = ['ScheduleFreeOptimizer', 'NativeScheduleFree', 'ForEachScheduleFree', 'JitScheduleFree', 'FusedScheduleFree',
+         'ScheduleFreeMode', 'averaged_weights', 'recalibrate_bn']
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #1f0f1334
 @options
@@ -247,10 +159,10 @@ def SGDScheduleFree(
     r:float=0., # Power of the step in the average's weights
     weight_lr_power:float=2., # Power of the largest learning rate in them (ρ)
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Schedule-free SGD"
     opt = make_optimizer(params, [start_at_weights, step_stat, sgd_schedulefree_step], lr=lr, beta=beta, wd=wd, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power, **kwargs)
-    return _schedule_free(opt)
+    return as_schedule_free(opt)
 
 @options
 def AdamWScheduleFree(
@@ -264,11 +176,11 @@ def AdamWScheduleFree(
     r:float=0., # Power of the step in the average's weights
     weight_lr_power:float=2., # Power of the largest learning rate in them (ρ)
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Schedule-free AdamW"
     cbs = [start_at_weights, step_stat, average_sqr_grad, adamw_schedulefree_step]
     opt = make_optimizer(params, cbs, lr=lr, beta=beta, sqr_mom=sqr_mom, eps=eps, wd=wd, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power, **kwargs)
-    return _schedule_free(opt)
+    return as_schedule_free(opt)
 
 @options
 def RAdamScheduleFree(
@@ -282,11 +194,11 @@ def RAdamScheduleFree(
     weight_lr_power:float=2., # Power of the largest learning rate in them (ρ)
     silent_sgd_phase:bool=True, # Leave the weights alone until the rectification sets in (the fifth step, with the default `sqr_mom`)? Otherwise step as SGD
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Schedule-free RAdam, which needs no warmup"
     cbs = [start_at_weights, step_stat, average_sqr_grad, partial(radam_schedulefree_step, silent_sgd_phase=silent_sgd_phase)]
     opt = make_optimizer(params, cbs, lr=lr, beta=beta, sqr_mom=sqr_mom, eps=eps, wd=wd, r=r, weight_lr_power=weight_lr_power, **kwargs)
-    return _schedule_free(opt)
+    return as_schedule_free(opt)
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #016ca6c4
 _paper = dict(paper='The Road Less Scheduled', year=2024, arxiv='2405.15682', authors='Defazio et al.', page='algorithms/schedulefree.html', needs='train() and eval(), which a Learner calls by itself',
@@ -358,12 +270,12 @@ def ScheduleFree(
     "Make `opt` schedule-free, without its own momentum"
     check_round('schedule_free', opt)
     if any(getattr(inner_stepper(cb), 'whole_model', False) for cb in getattr(opt, 'cbs', ())): raise TypeError("schedule_free can't go round an optimizer whose step is of several passes over the whole model.")
-    if type(opt) not in _classes: raise TypeError(f"ScheduleFree takes an optimizer of this package that is not wrapped or schedule-free already, got a {type(opt).__name__}.")
+    if type(opt) not in schedule_free_classes: raise TypeError(f"ScheduleFree takes an optimizer of this package that is not wrapped or schedule-free already, got a {type(opt).__name__}.")
     if (opt.state and opt.fixed_state is None) or any(isinstance(v, Tensor) for st in opt.state.values() for v in st.values()): raise ValueError("ScheduleFree takes an optimizer that has not stepped yet.")
     n = len(opt.param_lists)
     opt.cbs = L(start_at_weights, _count_steps, _Interpolated(opt.cbs))
     for k,v in dict(beta=beta, warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power).items(): opt.set_hyper(f'sf_{k}', group_values(k, v, n))
-    return _schedule_free(opt, 'sf_beta')
+    return as_schedule_free(opt, 'sf_beta')
 
 def schedule_free(
     opt_func, # What a `Learner` takes as `opt_func`: `adam(fused=True)`
@@ -374,90 +286,3 @@ def schedule_free(
     return partial(_wrap, opt_func, kwargs)
 def _wrap(opt_func, kwargs, params, *args, **hypers): return ScheduleFree(opt_func(params, *args, **hypers), **kwargs)
 _wrap.wraps_opt_func = 'schedule_free'
-
-# %% ../../nbs/algorithms/schedulefree.ipynb #0e18dc46
-def _free(opt): return isinstance(opt, ScheduleFreeOptimizer)
-
-class ScheduleFreeMode(Callback):
-    "Has the averaged weights in the model when a schedule-free optimizer is not training it; comes by itself"
-    order,run_valid = 70,True # after `LRFinder`, which saves and loads the model
-    def __init__(self,
-        recalibrate:bool=False, # Run training batches through the model before each validation, for BatchNorm's statistics?
-        n_batches:int=50 # How many
-    ):
-        super().__init__()
-        self.recalibrate,self.n_batches,self.trained = recalibrate,n_batches,[] # for each validation that is running: was it called while training?
-
-    def before_fit(self):
-        if not _free(self.learn.opt) or self.learn.lock.locked(): return
-        self.trained = []
-        if any(isinstance(cb, ParamScheduler) and not isinstance(cb, LRFinder) and 'lr' in cb.scheds for cb in self.learn.cbs):
-            warn("A schedule-free optimizer is trained with a schedule of the learning rate (fit_one_cycle?). It needs none: use learn.fit, and warmup_steps for a warmup.")
-
-    def before_train(self):
-        if _free(self.learn.opt): self.learn.opt.train()
-    def after_train(self):
-        if _free(self.learn.opt): self.learn.opt.eval()
-    after_cancel_fit = after_train
-
-    def before_validate(self):
-        if not _free(self.learn.opt): return
-        self.trained.append(not self.learn.opt._averaged)
-        self.learn.opt.eval()
-        if self.recalibrate and not self.learn.lock.locked(): recalibrate_bn(self.learn, self.n_batches)
-    def after_validate(self):
-        if _free(self.learn.opt) and self.trained and self.trained.pop(): self.learn.opt.train() # `LRFinder` cancels a validation before it is counted
-
-# %% ../../nbs/algorithms/schedulefree.ipynb #e628f603
-@contextmanager
-def averaged_weights(
-    opt # An optimizer, schedule-free or not, or None
-):
-    "Within the block, a schedule-free optimizer has the averaged weights in the model"
-    if not _free(opt) or opt._averaged: yield; return
-    opt.eval()
-    try: yield
-    finally: opt.train()
-
-def _wrapped(name, f):
-    if getattr(f, '_schedule_free', False): f = f.__wrapped__ # this module's own, from before a reload
-    if name=='fit':
-        @wraps(f)
-        def _inner(self, *args, **kwargs):
-            try: return f(self, *args, **kwargs)
-            finally:
-                if _free(self.opt): self.opt.eval()
-    else:
-        @wraps(f)
-        def _inner(self, *args, **kwargs):
-            training = _free(self.opt) and not self.opt._averaged
-            if training: self.opt.eval()
-            try: return f(self, *args, **kwargs)
-            finally:
-                if training and _free(self.opt): self.opt.train() # `export` has made another optimizer
-    _inner._schedule_free = True
-    setattr(Learner, name, _inner)
-for _n in ('fit','save','load','export'): _wrapped(_n, getattr(Learner, _n))
-
-# %% ../../nbs/algorithms/schedulefree.ipynb #54895594
-@torch.no_grad()
-def recalibrate_bn(
-    learn:Learner, # Its model is as it is to be evaluated
-    n_batches:int=50 # Training batches to run
-):
-    "Make BatchNorm's running statistics anew, as the mean over training batches; the rest of the model stays in evaluation mode"
-    bns = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not bns: return
-    training,moms = [(m, m.training) for m in learn.model.modules()],[m.momentum for m in bns]
-    learn.model.eval()
-    for m in bns: m.reset_running_stats(); m.train(); m.momentum = None
-    try:
-        for i,b in enumerate(learn.dls.train):
-            if i>=n_batches: break
-            learn.xb = b[:getattr(learn.dls, 'n_inp', max(1, len(b)-1))]
-            if (low := getattr(learn, 'low_precision_input', None)) is not None: low.before_batch()
-            learn.model(*learn.xb)
-    finally:
-        learn.xb = (None,)
-        for m,t in training: m.training = t
-        for m,mom in zip(bns, moms): m.momentum = mom

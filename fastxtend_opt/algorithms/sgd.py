@@ -28,7 +28,7 @@ def SGD(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=True, # Use decoupled weight decay (`True`, SGDW) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "SGD, optionally with momentum"
     groups = as_groups(params)
     moving = in_use('mom', mom, groups)

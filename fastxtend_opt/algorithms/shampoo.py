@@ -94,7 +94,9 @@ def decompose(
     "Return `f(x)`, with `old` where `f` fails or returns non-finite values"
     old = torch.eye(n, dtype=x.dtype, device=x.device).expand_as(x) if old is None else old.reshape(-1, n, n)
     try: new = f(x)
-    except torch.linalg.LinAlgError: new = torch.cat([decompose(f, a, b, n)[0] for a,b in zip(x.split(1), old.split(1))]) if len(x) > 1 else torch.full_like(old, math.nan)
+    except torch.linalg.LinAlgError:
+        if len(x) > 1: new = torch.cat([decompose(f, a, b, n)[0] for a,b in zip(x.split(1), old.split(1))])
+        else: new = torch.full_like(old, math.nan)
     ok = new.sum((-2,-1)).isfinite()
     if ok.all(): return new,ok
     warn_once("The decomposition of a matrix failed (is there a NaN or inf among the gradients?). "
@@ -104,7 +106,8 @@ def decompose(
 # %% ../../nbs/algorithms/shampoo.ipynb #db06e71f
 CPU_STACK = 1<<18 # Number of elements that one stacked call processes on a CPU
 
-def _axis_products_shape(g, ndim, size, *args, old=None, **kwargs): return torch.empty(size[0]**2, dtype=at_least_float32(g.dtype), device=g.device) if old is None else old
+def _axis_products_shape(g, ndim, size, *args, old=None, **kwargs):
+    return torch.empty(size[0]**2, dtype=at_least_float32(g.dtype), device=g.device) if old is None else old
 
 @opaque(results=_axis_products_shape, stack=CPU_STACK, inplace=True)
 def axis_products(
@@ -164,7 +167,8 @@ def matrix_axes(
     first:bool # Is this its first step?
 )->list: # Pairs of an axis and its `axis_sizes`
     "Return the axes that have a matrix"
-    return [(i, axis_sizes(p.shape, i)) for i,n in enumerate(p.shape) if (1 < n <= longest and p.numel() > 0 if first else f'{name}_{i}' in state)]
+    def _has(i, n): return 1 < n <= longest and p.numel() > 0 if first else f'{name}_{i}' in state
+    return [(i, axis_sizes(p.shape, i)) for i,n in enumerate(p.shape) if _has(i, n)]
 
 # %% ../../nbs/algorithms/shampoo.ipynb #0519d106
 def add_state(
@@ -194,7 +198,8 @@ def shampoo_sums(
         else:
             sqr = g.square() if nd < 2 else g.square().sum([j for j in range(nd) if j!=i], keepdim=True)
             new[pre] = (state[pre] if pre in state else torch.full_like(sqr, eps)).add_(sqr)
-        if i in mats and (step==1 or step%precondition_frequency==0): add_state(new, state, inv, inverse_root(new[pre], 2*nd, eps, state.get(inv)))
+        if i in mats and (step==1 or step%precondition_frequency==0):
+            add_state(new, state, inv, inverse_root(new[pre], 2*nd, eps, state.get(inv)))
     return new
 
 # %% ../../nbs/algorithms/shampoo.ipynb #4722f42d
@@ -269,23 +274,26 @@ def Shampoo(
     wd:float=0., # Weight decay (λ)
     decouple_wd:bool=False, # Use decoupled weight decay (`True`) or L2 regularization (`False`)?
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Shampoo"
     groups = as_groups(params)
     if aux is not None: check_pattern(aux)
-    cbs = [decay_stepper(decouple_wd), step_stat, shampoo_sums] + ([sum_updates, update_sum_step] if in_use('mom', mom, groups) else [shampoo_step])
-    opt = make_optimizer(groups, cbs, lr=lr, mom=mom, eps=eps, precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, wd=wd, **kwargs)
+    steps = [sum_updates, update_sum_step] if in_use('mom', mom, groups) else [shampoo_step]
+    cbs = [decay_stepper(decouple_wd), step_stat, shampoo_sums, *steps]
+    opt = make_optimizer(groups, cbs, lr=lr, mom=mom, eps=eps, precondition_frequency=precondition_frequency,
+                         max_precond_dim=max_precond_dim, wd=wd, **kwargs)
     infos = param_infos(groups)
     def _cells(i, why):
         o = infos[i]
         n = 0 if why else sum(1 < n <= opt.hypers[o.group]['max_precond_dim'] for n in o.param.shape)
-        return dict(rule=f'diagonals: {why}' if why else 'diagonals' if n==0 else 'a matrix an axis' if n==sum(k>1 for k in o.param.shape) else 'matrices for some axes')
+        every = n==sum(k>1 for k in o.param.shape)
+        return dict(rule=f'diagonals: {why}' if why else 'diagonals' if n==0 else f"matrices for {'all' if every else 'some'} axes")
     return leave_out(opt, infos, aux_reasons(infos, () if aux is None else aux), _cells)
 
 # %% ../../nbs/algorithms/shampoo.ipynb #1755156c
-register(Shampoo, title='Shampoo', category='current', kind='matrix', state=('precond_0','precond_1','inv_precond_0','inv_precond_1','update_sum'), oracle='reference.Shampoo',
-    also=('pytorch_optimizer.Shampoo',), modes=('native','foreach','fused'), paper='Shampoo: Preconditioned Stochastic Tensor Optimization', year=2018, arxiv='1802.09568',
-    authors='Gupta et al.',
+register(Shampoo, title='Shampoo', category='current', kind='matrix', modes=('native','foreach','fused'), oracle='reference.Shampoo',
+    state=('precond_0','precond_1','inv_precond_0','inv_precond_1','update_sum'), also=('pytorch_optimizer.Shampoo',),
+    paper='Shampoo: Preconditioned Stochastic Tensor Optimization', year=2018, arxiv='1802.09568', authors='Gupta et al.',
     settings=(('the defaults', '`eps=1e-4`, new roots in each step; the paper tunes `lr` and `eps`', '1802.09568'),
               ("pytorch_optimizer's defaults", '`lr=1e-3, eps=1e-6`', '`pytorch_optimizer.Shampoo`')))
 shampoo = factory(Shampoo)

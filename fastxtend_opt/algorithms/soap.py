@@ -19,7 +19,8 @@ from ..definition.make import make_optimizer
 from ..definition.modifiers import decays_weights
 from ..definition.parameters import aux_reasons, check_pattern, param_infos
 from ..definition.registry import register
-from .shampoo import CPU_STACK, add_products, add_state, along_axes, along_axis, axis_products, axis_sizes, decompose, leave_out
+from .shampoo import CPU_STACK, add_products, add_state, along_axes, along_axis
+from .shampoo import axis_products, axis_sizes, decompose, leave_out
 
 # %% ../../nbs/algorithms/soap.ipynb #704d28b8
 @opaque(stack=CPU_STACK)
@@ -109,8 +110,8 @@ def _turn(x, axes, state, forth):
 def soap_averages(
     p, # The parameter
     step:int, # Steps of this parameter so far; the first only creates the state
-    mom:float, # Gradient moving average coefficient (β1)
-    sqr_mom:float, # Squared gradient moving average coefficient (β2)
+    mom:float, # Moving average coefficient of the gradient (β1)
+    sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     max_precond_dim:int, # Longest axis that has a basis, >= 0
     grad_avg:torch.Tensor=None, # Average of the gradients, stored in the bases (M')
     sqr_avg:torch.Tensor=None, # Average of their squares (V)
@@ -128,8 +129,8 @@ def soap_step(
     p, # The parameter
     lr:float, # Learning rate (η)
     step:int, # Steps of this parameter so far (t+1)
-    mom:float, # Gradient moving average coefficient (β1)
-    sqr_mom:float, # Squared gradient moving average coefficient (β2)
+    mom:float, # Moving average coefficient of the gradient (β1)
+    sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     eps:float, # Added to the square root (ϵ)
     max_precond_dim:int, # Longest axis that has a basis, >= 0
     grad_avg:torch.Tensor, # Average of the gradients, stored in the bases (M')
@@ -159,7 +160,7 @@ def decay_after_first(
 def soap_matrices(
     p, # The parameter
     step:int, # Steps of this parameter so far (t+1)
-    sqr_mom:float, # Squared gradient moving average coefficient (β2)
+    sqr_mom:float, # Moving average coefficient of the squared gradient (β2)
     shampoo_beta:float, # Moving average coefficient of the matrices (βs); below 0: `sqr_mom`
     precondition_frequency:int, # Number of steps between two updates of the bases, >= 1
     max_precond_dim:int, # Longest axis that has a basis, >= 0
@@ -173,7 +174,8 @@ def soap_matrices(
     beta,new,first = sqr_mom if shampoo_beta<0 else shampoo_beta,{},step==1
     axes,sizes = axes(p, max_precond_dim if precondition else 0, state, first)
     pres,bases = [f'precond_{i}' for i in axes],[f'basis_{i}' for i in axes]
-    for k,size in zip(pres, sizes): add_state(new, state, k, axis_products(p.grad.data, p.ndim, size, weight=1-beta, old=state.get(k), keep=beta))
+    for k,size in zip(pres, sizes):
+        add_state(new, state, k, axis_products(p.grad.data, p.ndim, size, weight=1-beta, old=state.get(k), keep=beta))
     if first: new.update({q:eigenbasis(new[k]) for k,q in zip(pres, bases)})
     elif axes and (step-1)%precondition_frequency==0:
         m,v,*turned = turn_bases(grad_avg, sqr_avg, sizes, *(new[k] for k in pres), *(state[q] for q in bases))
@@ -189,10 +191,10 @@ hyper_ranges.update(shampoo_beta=Within(-1, 1, open_hi=True,
 def SOAP(
     params, # Parameters: an iterable of parameters, of lists (one group each), or of dicts with their own hyperparameters
     lr:float|slice, # Learning rate (η), 3e-3 in the authors' code: a number, or a slice or list with one value per group
-    mom:float=.95, # Gradient moving average coefficient (β1), in [0, 1)
-    sqr_mom:float=.95, # Squared gradient moving average coefficient (β2), in [0, 1)
+    mom:float=.95, # Moving average coefficient of the gradient (β1), in [0, 1)
+    sqr_mom:float=.95, # Moving average coefficient of the squared gradient (β2), in [0, 1)
     shampoo_beta:float=-1., # Moving average coefficient of the matrices (βs), below 1; -1: `sqr_mom`
-    eps:float=1e-8, # Added to the square root for numerical stability (ϵ)
+    eps:float=1e-8, # Added to the square root to avoid division by 0 (ϵ)
     precondition_frequency:int=10, # Number of steps between two updates of the bases, >= 1
     max_precond_dim:int=10000, # Longest axis that has a basis, >= 0
     merge_dims:bool=False, # Merge small neighboring axes of a tensor?
@@ -200,13 +202,15 @@ def SOAP(
     aux=None, # Matrices for Adam: `'*emb*'`, a module class, a function of a `ParamInfo`, a tuple; `None`: embeddings, head; `()`: none
     wd:float=.01, # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "SOAP"
     groups = as_groups(params)
     if aux is not None: check_pattern(aux)
     axes = partial(soap_axes, merge_dims=merge_dims, precondition_1d=precondition_1d)
-    cbs = [step_stat, partial(soap_averages, axes=axes), partial(soap_step, axes=axes), decay_after_first, partial(soap_matrices, axes=axes)]
-    opt = make_optimizer(groups, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, shampoo_beta=shampoo_beta, eps=eps, precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, wd=wd, **kwargs)
+    averages,step,matrices = (partial(f, axes=axes) for f in (soap_averages,soap_step,soap_matrices))
+    cbs = [step_stat, averages, step, decay_after_first, matrices]
+    opt = make_optimizer(groups, cbs, lr=lr, mom=mom, sqr_mom=sqr_mom, shampoo_beta=shampoo_beta, eps=eps,
+                         precondition_frequency=precondition_frequency, max_precond_dim=max_precond_dim, wd=wd, **kwargs)
     infos = param_infos(groups)
     def _cells(i, why):
         o = infos[i]
@@ -215,7 +219,9 @@ def SOAP(
     return leave_out(opt, infos, aux_reasons(infos, aux), _cells)
 
 # %% ../../nbs/algorithms/soap.ipynb #1e4565d1
-register(SOAP, title='SOAP', category='adaptive', kind='matrix', state=('grad_avg','sqr_avg','precond_0','precond_1','basis_0','basis_1'), oracle='reference.SOAP',
-    also=('pytorch_optimizer.SOAP',), modes=('native','foreach','fused'), paper='SOAP: Improving and Stabilizing Shampoo using Adam', year=2024, arxiv='2409.11321', authors='Vyas et al.',
-    settings=(("the authors' code", '`lr=3e-3` and the defaults; as large a batch as possible', "[the authors' repository](https://github.com/nikhilvyas/SOAP)"),))
+register(SOAP, title='SOAP', category='adaptive', kind='matrix', modes=('native','foreach','fused'), oracle='reference.SOAP',
+    state=('grad_avg','sqr_avg','precond_0','precond_1','basis_0','basis_1'), also=('pytorch_optimizer.SOAP',), year=2024,
+    paper='SOAP: Improving and Stabilizing Shampoo using Adam', arxiv='2409.11321', authors='Vyas et al.',
+    settings=(("the authors' code", '`lr=3e-3` and the defaults; as large a batch as possible',
+               "[the authors' repository](https://github.com/nikhilvyas/SOAP)"),))
 soap = factory(SOAP)

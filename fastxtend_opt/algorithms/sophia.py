@@ -171,7 +171,7 @@ def Sophia(
     eps:float=1e-15, # Added to the divisor, so that no division is by 0 (ε)
     wd:float=.1, # Weight decay (λ), decoupled
     **kwargs # Mode and storage: `foreach`, `jit`, `fused`, `kahan_sum` and the other options of `make_optimizer`
-)->Optimizer:
+)->Optimizer: # In the mode that a flag names, or native
     "Sophia, with the Gauss-Newton-Bartlett estimate (SophiaG), which a `Learner` makes every ten steps by itself, a loop of yours by `update_hessian`"
     cbs = [weight_decay, partial(average_grad, dampening=True), sophia_step]
     opt = make_optimizer(params, cbs, lr=lr, mom=mom, hess_mom=hess_mom, rho=rho, eps=eps, wd=wd, **kwargs)

@@ -10,7 +10,7 @@ import inspect
 from functools import partial, wraps
 from fastcore.all import delegates, is_listy
 from ..engine.kinds import UnsupportedError
-from .hypers import _own_ranges, group_values
+from .hypers import _own_ranges, group_values, our_names
 from .make import make_optimizer, MODES, pick_mode
 from .registry import _registry
 
@@ -25,6 +25,14 @@ def check_mode(
     others = ' or '.join(f'{m}=True' for m in row.modes if m!='native')
     raise UnsupportedError(f"{row.title} has no {mode} mode: {mode}=True can't run its matrix functions. Use {others}, or no flag." if row.kind=='matrix' else f"{row.title} has no {mode} mode. Use {others}, or no flag.")
 
+# %% ../../nbs/definition/factories.ipynb #008672e5
+def _bound(name, sig, args, kwargs):
+    "The arguments of a call of `name` by parameter, or a `TypeError` that names the parameters, and ours for those of other libraries"
+    try: return sig.bind(*args, **kwargs).arguments
+    except TypeError as e:
+        tips = [f"Write {own} instead of {k}." for k in kwargs if k not in sig.parameters and (own := our_names(k, sig.parameters))]
+        raise TypeError(' '.join([f"{name}() {e}: it takes {', '.join(sig.parameters)}.", *tips])) from None
+
 # %% ../../nbs/definition/factories.ipynb #8415eda3
 def options(
     f=None, # Function of an algorithm, whose last argument is `**kwargs`
@@ -37,8 +45,7 @@ def options(
     sig = inspect.signature(f)
     @wraps(f)
     def _inner(*args, **kwargs):
-        try: given = sig.bind(*args, **kwargs).arguments
-        except TypeError as e: raise TypeError(f"{f.__name__}() {e}") from None
+        given = _bound(f.__name__, sig, args, kwargs)
         check_mode(next((r for r in _registry.values() if r.func is _inner), None), given)
         _own_ranges.append(ranges)
         try: return f(*args, **kwargs)
@@ -56,19 +63,18 @@ def factory(
     sig = inspect.signature(func)
     sig = sig.replace(parameters=[p for k,p in sig.parameters.items() if k not in ('params','lr')], return_annotation=partial)
 
-    def _factory(*args, **kwargs):
+    def _factory(*args, **kwargs
+    )->partial: # An `opt_func`, for a `Learner`
         if 'lr' in kwargs or 'params' in kwargs:
             raise TypeError(f"{name}() leaves params and lr to the Learner: write opt_func={name}(), or {func.__name__}(params, lr).")
-        try: given = sig.bind(*args, **kwargs).arguments
-        except TypeError as e: raise TypeError(f"{name}() {e}: it takes {', '.join(sig.parameters)}.") from None
+        given = _bound(name, sig, args, kwargs)
         check_mode(row, given)
         for k,v in given.items():
             if v is not sig.parameters[k].default: group_values(k, v, len(v) if is_listy(v) else 1, getattr(func, 'ranges', {}))
         return partial(func, **given)
 
     _factory.__name__ = _factory.__qualname__ = name
-    _factory.__module__,_factory.__signature__,_factory.__wrapped__ = func.__module__,sig,func
-    if hasattr(func, '__delwrap__'): _factory.__delwrap__ = func.__delwrap__ # where docments find the options
+    _factory.__module__,_factory.__signature__,_factory.__delwrap__ = func.__module__,sig,func # docments find the parameters in `func`
     about = f"{row.title} ({row.reference})" if row else func.__name__
     _factory.__doc__ = f"Partial function for {about}: the `opt_func` of a `Learner`"
     if row: row.factory = _factory

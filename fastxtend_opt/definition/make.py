@@ -9,13 +9,13 @@ __all__ = ['MODES', 'OPTIONS', 'pick_mode', 'make_optimizer']
 import inspect
 import torch
 from fastcore.all import L, merge
-from fastai.optimizer import Optimizer, pytorch_hp_map
+from fastai.optimizer import Optimizer
 from ..optimizer.fused import FusedOptimizer
 from ..optimizer.native import NativeOptimizer
 from ..optimizer.storage import Storage
 from ..optimizer.traced import ForEachOptimizer, JitOptimizer
 from .groups import as_groups
-from .hypers import group_values, valid_hyper
+from .hypers import group_values, our_names, valid_hyper
 from .modifiers import _cautious, _decouple_lr, warn_high_wd
 
 # %% ../../nbs/definition/make.ipynb #717bde81
@@ -40,7 +40,7 @@ def _group_hypers(groups, defaults):
         for k,v in g.items():
             if k in ('params','param_names'): continue
             if k not in res:
-                own = {**pytorch_hp_map, 'betas':'mom and sqr_mom', 'lr_decay':'a schedule'}.get(k)
+                own = our_names(k, res)
                 raise ValueError(f"Parameter group {i} has {k}={v!r}, which this optimizer doesn't know. "
                                  f"{f'Write {own}. ' if own else ''}It knows {', '.join(res)}.")
             res[k][i] = valid_hyper(k, v)

@@ -45,7 +45,11 @@ def flat_layout(
     return True
 
 # %% ../../nbs/engine/addresses.ipynb #8477e927
-def fused_sort(p, g, st):
+def fused_sort(
+    p, # Parameter
+    g, # Its gradient
+    st # Its state; not used
+):
     "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
     if not flat_layout(p) or (p.numel() and not (p.data_ptr() and g.data_ptr())): return 'foreach'
     return 'flat' if g.stride() == p.stride() or (p.is_contiguous() and g.is_contiguous()) else 'copy'

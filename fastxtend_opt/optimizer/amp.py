@@ -18,8 +18,10 @@ class _Overflow(Exception): "The step must not happen"
 def _refuse_capture(device):
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            raise UnsupportedError("a fused step can't be captured in a CUDA graph: learning rate and step counter are Python numbers, which each replay "
-                                   "would repeat. Capture forward and backward, and call `opt.step()` after each replay. No parameter was changed.")
+            raise UnsupportedError("a fused step can't be captured in a CUDA graph: learning rate and step counter are Python numbers, "
+                                   "which each replay "
+                                   "would repeat. Capture forward and backward, and call `opt.step()` after each replay. No parameter was "
+                                   "changed.")
 
 def _to_host(found):
     "A copy of `found` on the CPU, and an event that says when it is there (`None`: now)"
@@ -34,7 +36,7 @@ def _to_host(found):
 # %% ../../nbs/optimizer/amp.ipynb #13f42d3e
 class AmpOptimizer(TapeOptimizer):
     "A `TapeOptimizer` whose kernels may unscale gradients, and skip a step that overflows"
-    amp_scaling = False # Do the kernels on a GPU unscale, and change nothing after an overflow? Set it to True on an optimizer that you give to `scaler.step` yourself
+    amp_scaling = False # Do GPU kernels unscale, and write nothing after an overflow? For optimizers that you pass to `scaler.step`
     _overflow = None # Of the last step: number of overflows, an event, and what `put_back` takes, for each cohort
     _amp = None # Of the present step: scale and number of overflows, for the kernels
 
@@ -81,7 +83,8 @@ class AmpOptimizer(TapeOptimizer):
         if found.item(): return False
         if scale is not None:
             with torch.no_grad():
-                for p in self.all_params(with_grad=True).itemgot(0): p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
+                for p in self.all_params(with_grad=True).itemgot(0):
+                    p.grad.mul_(scale.double().reciprocal().to(p.grad.device, torch.float32))
         return True
 
     def _amp_without_kernel(self):

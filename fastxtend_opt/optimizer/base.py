@@ -28,7 +28,8 @@ def _check_params(params):
     for p in ps:
         if not isinstance(p, torch.Tensor):
             raise ValueError(f"an optimizer takes tensors (or lists of them), got a {type(p).__name__}: {str(p)[:80]}")
-    if any(n > 1 for n in Counter(map(id, ps)).values()): raise ValueError("a parameter is given more than once: it would be stepped more than once")
+    if any(n > 1 for n in Counter(map(id, ps)).values()):
+        raise ValueError("a parameter is given more than once: it would be stepped more than once")
     return params
 
 # %% ../../nbs/optimizer/base.ipynb #431b5e69
@@ -109,7 +110,8 @@ class _FixedState(_StateDicts):
             if (loaded or over) and any(k not in st or st[k] != v for k,v in own.items()): state[p] = {**st, **own}
             elif any(k not in st for k in own): state[p] = {**own, **st} # what was changed by hand stays
         if other:
-            warnings.warn(f"the loaded state was made with other rules for {other} of {len(ps)} parameters. The rules of this optimizer stay; "
+            warnings.warn(f"the loaded state was made with other rules for {other} of {len(ps)} parameters. The rules of this optimizer "
+                          f"stay; "
                           "what the state remembers of these parameters may belong to another algorithm.", stacklevel=3)
 
     _rules = None # A table, or a function of the optimizer that makes one
@@ -210,7 +212,8 @@ class StepOptimizer(_FixedState):
     def _check_accumulation(self, h):
         "Trace the steppers, once for each set of hyperparameters that are 0"
         if any(isinstance(cb, Between) for cb in self.cbs):
-            raise UnsupportedError("optimizer_accumulation: a step of this optimizer has several passes, and the numbers computed between them need whole "
+            raise UnsupportedError("optimizer_accumulation: a step of this optimizer has several passes, and the numbers computed between "
+                                   "them need whole "
                                    "gradients. Accumulate gradients instead (fastai's GradientAccumulation).")
         hyper = {k:check_hyper(k, x) for k,x in h.items()}
         key = tuple(self.cbs),tuple(k for k,x in hyper.items() if k not in ('lr','wd','max_lr') and x == 0)
@@ -219,8 +222,10 @@ class StepOptimizer(_FixedState):
             cbs = [within_rule(cb, _unmasked) for cb in self.cbs]
             with dry_run(): known[key] = all(averages_gradient(cbs, {**hyper, 'lr':.01}, case) for case in rule_cases(self.cbs))
         if not known[key]:
-            raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so what micro-batches contribute would be lost "
-                                   "(a step depends only on the direction of its own gradient). Use an optimizer with momentum (mom > 0), or accumulate gradients.")
+            raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so what micro-batches "
+                                   "contribute would be lost "
+                                   "(a step depends only on the direction of its own gradient). Use an optimizer with momentum (mom > 0), "
+                                   "or accumulate gradients.")
 
 def _unmasked(cb):
     "The stepper inside of one that masks its step: it never moves without a gradient, which is what the check looks at"

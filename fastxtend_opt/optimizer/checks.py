@@ -43,7 +43,8 @@ def check_memory(
 def _copied(t):
     "A copy of `t` with the same strides, on which fused mode's choice between kernels and foreach depends"
     c = t.detach().clone()
-    return c if t.layout is not torch.strided or c.stride() == t.stride() else t.detach().new_empty_strided(t.shape, t.stride()).copy_(t.detach())
+    if t.layout is not torch.strided or c.stride() == t.stride(): return c
+    return t.detach().new_empty_strided(t.shape, t.stride()).copy_(t.detach())
 
 def _copy_param(p):
     q = _copied(p)
@@ -67,7 +68,8 @@ def trial_of(
     try:
         with torch.random.fork_rng(sorted({p.device.index for p in params if p.device.type == 'cuda'})), dry_run(): yield twin
     except Exception as e:
-        if hasattr(e, 'add_note'): e.add_note("This was a trial of the step on copies, for sparse gradients or tensor subclasses. No parameter was changed.")
+        if hasattr(e, 'add_note'): e.add_note("This was a trial of the step on copies, for sparse gradients or tensor subclasses. No "
+                                              "parameter was changed.")
         raise
 
 # %% ../../nbs/optimizer/checks.ipynb #79f48aa5

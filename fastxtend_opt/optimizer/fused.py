@@ -42,15 +42,19 @@ def fused_backend(
     native = {'cpu':'cpp', 'cuda':'triton', 'xpu':'triton'}.get(device.type)
     name = chosen or native
     if name is None:
-        raise UnsupportedError(f"fused=True has no kernels for parameters on {device}: use foreach=True there, or move the model to a CPU, CUDA, ROCm or XPU "
+        raise UnsupportedError(f"fused=True has no kernels for parameters on {device}: use foreach=True there, or move the model to a "
+                               f"CPU, CUDA, ROCm or XPU "
                                "device. No parameter was changed.")
     if name == 'cpp' and native != 'cpp':
-        raise UnsupportedError(f"FASTXTEND_OPT_FUSED_BACKEND=cpp, but the parameters are on {device}: C++ kernels work on the CPU's memory. Unset it, or use "
+        raise UnsupportedError(f"FASTXTEND_OPT_FUSED_BACKEND=cpp, but the parameters are on {device}: C++ kernels work on the CPU's "
+                               f"memory. Unset it, or use "
                                "foreach=True. No parameter was changed.")
     if name == 'triton' and (interpreted := triton_interpreted()) != (native == 'cpp'):
-        raise UnsupportedError((f"TRITON_INTERPRET=1 is set: Triton's interpreter works on the CPU's memory, and the parameters are on {device}. Unset it, or use "
+        raise UnsupportedError((f"TRITON_INTERPRET=1 is set: Triton's interpreter works on the CPU's memory, and the parameters are on "
+                                f"{device}. Unset it, or use "
                                 "foreach=True." if interpreted else
-                                f"FASTXTEND_OPT_FUSED_BACKEND=triton with parameters on {device} needs TRITON_INTERPRET=1 (Triton's interpreter, for tests). "
+                                f"FASTXTEND_OPT_FUSED_BACKEND=triton with parameters on {device} needs TRITON_INTERPRET=1 (Triton's "
+                                f"interpreter, for tests). "
                                 "Unset it to use C++ kernels.") + " No parameter was changed.")
     return name
 
@@ -64,7 +68,7 @@ class _FusedPlan(_Plan):
             self.backends[c] = fused_backend(c.device, opt.backend)
             self.how[c] = 'foreach' if c in self.one_by_one else fused_sort(c.params[0], c.params[0].grad, None)
         self.tables = {c:AddressTable(c, how) for c,how in self.how.items() if how in ('flat','copy')}
-        self.elements = opt._elements or sum(p.numel() for p in self.params) # so that sums have the same order whichever parameters have a gradient
+        self.elements = opt._elements or sum(p.numel() for p in self.params) # sums have the same order whichever parameters have a gradient
 
     def fresh(self, c): return c in self.tables and self.tables[c].refresh()
 
@@ -107,7 +111,11 @@ class FusedOptimizer(AmpOptimizer):
     "Runs its steppers as one generated kernel: one pass over memory for all parameters"
     _sort,_make_plan,_mode = staticmethod(fused_sort),_FusedPlan,'fused'
     _elements = None # Number of elements that all optimizers of a model have together, if each steps one parameter
-    def __init__(self, params, cbs, **defaults):
+    def __init__(self,
+        params, # Model parameters, a list of them, or a list of such lists (parameter groups)
+        cbs, # Steppers: functions of a parameter, its state and hyperparameters by name
+        **defaults # Default hyperparameters, one number each (or one per group)
+    ):
         self.backend = _chosen_backend()
         super().__init__(params, cbs, **defaults)
 
@@ -117,14 +125,15 @@ class FusedOptimizer(AmpOptimizer):
         for d in {c.device for c,_,_ in work if c.device.type == 'cuda'}: _refuse_capture(d)
         plan = self._plan
         plan.forms = forms = [None if tape.opaque else plan.form(c, tape) for c,tape,_ in work]
-        plan.wide = wide = [None if form else widen_tape(tape) for (_,tape,_),form in zip(work, forms)] # of what is run in parts, or by foreach
+        plan.wide = wide = [None if form else widen_tape(tape) for (_,tape,_),form in zip(work, forms)] # for parts, and for foreach
         if self._amp and not all(forms): self._amp_without_kernel()
         for (c,tape,_),form,wider in zip(work, forms, wide):
             for form in [form] if form else plan.part_forms(c, tape, wider): self._warm(c, plan.kernel(c, form[0]))
         if self._amp: self._remember(work)
 
     def _warm(self, c, kernel):
-        if self._plan.backends[c] == 'triton': warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
+        if self._plan.backends[c] != 'triton': return
+        warm_triton(kernel, c.device, aligned_addresses(self._plan.tables[c].address), self._amp is not None)
 
     def _created(self, c):
         if c in self._plan.tables: self._plan.tables[c].reset()
@@ -139,7 +148,7 @@ class FusedOptimizer(AmpOptimizer):
             if plan.how[c] == 'copy':
                 copies.append((tape, *plan.tables[c].copied_grads()))
                 grads = copies[-1][2]
-            torch.autograd.graph.increment_version(c.params) # autograd can't see what a kernel does; now, while the tensors' headers are in the cache
+            torch.autograd.graph.increment_version(c.params) # for autograd; now, while the tensors' headers are in the cache
             if tape.known()[1]: torch.autograd.graph.increment_version(plan.tables[c].grads)
             if form: jobs.append((plan.tables[c], *form))
             else: cuts.append((c, CutRun(wider, [c.params, grads, *c.tensors()[2:]], plan.pools[c])))

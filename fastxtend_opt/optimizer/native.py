@@ -4,7 +4,6 @@
 
 # %% ../../nbs/optimizer/native.ipynb #a9a5a503
 from __future__ import annotations
-import zlib
 from types import SimpleNamespace
 import torch
 from ..engine.cohort import check_tensors, freed, make_cohorts
@@ -31,9 +30,7 @@ def _watch(t): return t if (w := _wide(t)) is t else torch.Tensor._make_subclass
 class _StoringNow(_Storing):
     "What the tape notes down about rounding, done at once"
     def __init__(self, state, low): super().__init__(None, state, low)
-    def sround(self, t, name):
-        self.numbers = dict(sr_seed=self.seed, sr_step=(self.step+1) % 2**24)
-        return sround_bfloat16(t, float(self.seed), float(self.step), float(zlib.crc32(name.encode()) % 2**24))
+    def _rounded(self, t, salt): return sround_bfloat16(t, float(self.seed), float(self.step), float(salt))
 
 # %% ../../nbs/optimizer/native.ipynb #895da0f4
 class _LowStep:
@@ -89,7 +86,8 @@ class NativeOptimizer(StepOptimizer):
         self._fix_state()
         self._check_tensors(lambda twin: twin._step(extra))
         some = self._harmless(extra) if self._accumulation else {}
-        for p,_,state,hyper in self.all_params(with_grad=True): self.state[p] = self._step_one(p, state, {**hyper, **extra}, some.get(p, self.cbs))
+        for p,_,state,hyper in self.all_params(with_grad=True):
+            self.state[p] = self._step_one(p, state, {**hyper, **extra}, some.get(p, self.cbs))
 
     def _step_one(self, p, state, hyper, cbs):
         "Step `p`; returns its new state"
@@ -121,7 +119,8 @@ class NativeOptimizer(StepOptimizer):
             check_memory(p.grad, 'gradient', written=False)
             for k,v in state.get(p, {}).items():
                 if isinstance(v, torch.Tensor) and freed(v): check_memory(v, f"state '{k}'")
-            if not is_plain(p, p.grad): odd[id(p), type(p), type(p.grad), p.grad.layout, tuple(state.get(p, ())), tuple(self.cbs), self._accumulation] = p
+            if not is_plain(p, p.grad):
+                odd[id(p), type(p), type(p.grad), p.grad.layout, tuple(state.get(p, ())), tuple(self.cbs), self._accumulation] = p
         new = [p for key,p in odd.items() if key not in self._plan_tried]
         if self._trial or not new: return
         try:

@@ -23,7 +23,8 @@ def check_hyper(
         if not isinstance(v, (bool,int)): v = float(v)
         if not math.isfinite(v): raise ValueError(f"hyperparameter '{name}' is {v}: it must be finite. No parameter was changed.")
     elif isinstance(v, (tuple,list,L,dict,set,torch.Tensor)):
-        raise ValueError(f"hyperparameter '{name}' is {v!r}: a hyperparameter is one number per group (fastai splits a sequence over the groups). "
+        raise ValueError(f"hyperparameter '{name}' is {v!r}: a hyperparameter is one number per group (fastai splits a sequence over the "
+                         f"groups). "
                          "Use a name for each value, or bind it with functools.partial.")
     return v
 
@@ -48,21 +49,23 @@ class Between:
     "A place between two passes of a step, with a function that is called there once for the whole model"
     whole_model = True # read by gradient release
     def __init__(self,
-        f, # Function of the totals, the first group's hyperparameters and `hypers`, those of all groups; it returns a dict of numbers for all groups, or None to end the step here
-        totals:dict|tuple=(), # State of one value per parameter -> 'sum', 'max', 'min' or a function of a tensor of all values; a tuple of names: their sums
+        f, # Function of the totals, the first group's hyperparameters and `hypers` of all; returns a dict for all groups, or None: end here
+        totals:dict|tuple=(), # State of one value per parameter -> 'sum', 'max', 'min' or a function of all values; a tuple: sums
         **defaults # Numbers that `f` may return, with their values before the first step
     ):
         self.f,self.func,self.defaults = f,getattr(f, 'func', f),defaults
         self.totals = dict(totals) if isinstance(totals, dict) else {k:'sum' for k in totals}
         for k,v in self.totals.items():
             if not callable(v) and v not in _totals:
-                raise ValueError(f"Between: totals[{k!r}]={v!r} must be 'sum', 'max', 'min', or a function of a tensor with the values of all parameters.")
+                raise ValueError(f"Between: totals[{k!r}]={v!r} must be 'sum', 'max', 'min', or a function of a tensor with the values of "
+                                 f"all parameters.")
         if (both := self.totals.keys() & defaults.keys()):
             raise ValueError(f"Between: {', '.join(sorted(both))}: a total and a number of the whole model need two names.")
         self.__name__ = getattr(self.func, '__name__', type(f).__name__)
 
     def __call__(self, p, **kwargs):
-        raise NotImplementedError(f"'{self.__name__}' runs between two passes over all parameters and can't run for one: it must be an entry of `cbs` of an "
+        raise NotImplementedError(f"'{self.__name__}' runs between two passes over all parameters and can't run for one: it must be an "
+                                  f"entry of `cbs` of an "
                                   "optimizer of this package (NativeOptimizer, or one of the modes). No wrapper of steppers can wrap it.")
 
     def __repr__(self): return f"Between({self.__name__})"
@@ -76,7 +79,8 @@ class Between:
         new = self.f(**{**self.defaults, **hypers[0], **self._read(found), **extra}, hypers=[dict(h) for h in hypers])
         if new is None: return None
         if (unknown := [k for k in new if k not in self.defaults]):
-            raise ValueError(f"'{self.__name__}' returned {', '.join(unknown)}: what it may return is named, with its first value, where its Between is made "
+            raise ValueError(f"'{self.__name__}' returned {', '.join(unknown)}: what it may return is named, with its first value, where "
+                             f"its Between is made "
                              f"({', '.join(self.defaults) or 'nothing is'}).")
         return {k:check_hyper(k, v) for k,v in new.items()}
 

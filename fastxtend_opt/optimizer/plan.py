@@ -33,7 +33,8 @@ def shared_params(
     params # Parameters
 ) -> set: # ids of those of them that share memory with another one
     "Find parameters whose memory overlaps"
-    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p)*p.element_size(), id(p)) for p in params if p.device.type in ('cpu','cuda','xpu') and p.numel())
+    ps = [p for p in params if p.device.type in ('cpu','cuda','xpu') and p.numel()]
+    spans = sorted((p.data_ptr(), p.data_ptr() + _extent(p)*p.element_size(), id(p)) for p in ps)
     shared,end,last = set(),0,None
     for a,b,i in spans:
         if a < end: shared |= {i, last}

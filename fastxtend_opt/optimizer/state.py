@@ -33,7 +33,8 @@ def check_state_dict(
 ) -> tuple[list,list]: # `state` and `hypers`
     "`ValueError` if `sd` doesn't have one dict for each of these parameters and groups"
     n = sum(map(len, param_lists))
-    if not isinstance(sd, Mapping) or 'state' not in sd or 'hypers' not in sd: raise ValueError("a state dict has the entries 'state' and 'hypers'")
+    if not isinstance(sd, Mapping) or 'state' not in sd or 'hypers' not in sd:
+        raise ValueError("a state dict has the entries 'state' and 'hypers'")
     state,hypers = list(sd['state']),list(sd['hypers'])
     if len(hypers) != len(param_lists):
         raise ValueError(f"the state dict has {len(hypers)} parameter groups, the optimizer {len(param_lists)}. Nothing was loaded.")
@@ -111,5 +112,6 @@ def set_live_groups(
 ):
     "Set what `groups` has; the rest stays"
     if len(groups) != len(opt.param_lists):
-        raise ValueError(f"param_groups: {len(groups)} groups given, and the optimizer has {len(opt.param_lists)}; build a new optimizer for other groups")
+        raise ValueError(f"param_groups: {len(groups)} groups given, and the optimizer has {len(opt.param_lists)}; build a new optimizer "
+                         f"for other groups")
     for g,new in zip(live_groups(opt), groups): g.update(new)

@@ -15,15 +15,17 @@ __all__ = ['Storage']
 class Storage:
     "How an optimizer keeps low-precision parameters and their state"
     def __init__(self,
-        kahan_sum:bool|None=None, # Also keep the rounding error of each parameter? `None`: of bfloat16 and float16 ones, unless `stochastic_rounding`
+        kahan_sum:bool|None=None, # Keep each parameter's rounding error? `None`: for bfloat16 and float16, unless `stochastic_rounding`
         state_dtype:torch.dtype|None=None, # dtype of new state; `None`: the parameter's
         stochastic_rounding:bool=False, # Round bfloat16 parameters stochastically, instead of a compensation?
         seed:int=0 # Seed of the stochastic rounding, in [0, 2^24)
     ):
         if state_dtype is not None and state_dtype not in FLOAT_DTYPES:
-            raise ValueError(f"state_dtype={state_dtype!r}: it must be one of {', '.join(sorted(str(d) for d in FLOAT_DTYPES))}, or None for the parameter's.")
+            raise ValueError(f"state_dtype={state_dtype!r}: it must be one of {', '.join(sorted(str(d) for d in FLOAT_DTYPES))}, or None "
+                             f"for the parameter's.")
         if kahan_sum and stochastic_rounding:
-            raise ValueError("kahan_sum=True and stochastic_rounding=True were given together: each of them alone keeps what rounding would lose.")
+            raise ValueError("kahan_sum=True and stochastic_rounding=True were given together: each of them alone keeps what rounding "
+                             "would lose.")
         if not 0 <= seed < 2**24 or seed != int(seed): raise ValueError(f"seed={seed!r}: it must be a whole number in [0, 2^24).")
         self.kahan_sum,self.state_dtype,self.stochastic_rounding,self.seed = kahan_sum,state_dtype,stochastic_rounding,int(seed)
 

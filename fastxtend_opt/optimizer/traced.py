@@ -64,7 +64,8 @@ class _CheckedLoad(_Traced):
             for k,v in h.items(): check_hyper(k, v)
         for st in state:
             for k,v in st.items():
-                if isinstance(v, torch.Tensor) and v.dtype not in FLOAT_DTYPES: raise ValueError(f"state '{k}' is {v.dtype}, not a float. Nothing was loaded.")
+                if isinstance(v, torch.Tensor) and v.dtype not in FLOAT_DTYPES:
+                    raise ValueError(f"state '{k}' is {v.dtype}, not a float. Nothing was loaded.")
         groups,seen = [h for h,pg in zip(hypers, self.param_lists) for _ in pg],set()
         for p,st,h in zip(ps, state, groups):
             slots = sorted(TapeSlot(k, kind_of(v.shape, p.shape), v.dtype) for k,v in st.items() if isinstance(v, torch.Tensor))
@@ -178,7 +179,7 @@ def _rehearse(self:TapeOptimizer, passes, extra):
     while True:
         cohorts,self._checked = self._cohorts(),True
         self._plan_numbers = [(c, c.numbers) for c in cohorts]
-        if self._plan.unusual: self._try([(c, c.slots) for c in self._plan.unusual], lambda twin: twin._step_passes(extra)) # as `_try_step` does
+        if self._plan.unusual: self._try([(c, c.slots) for c in self._plan.unusual], lambda twin: twin._step_passes(extra))
         if self._plan.rehearsed: return
         try: works = self._trace_passes(cohorts, passes, extra); break
         except NeedsShape as e: self._by_shape,self._plan = e.by,None
@@ -195,7 +196,8 @@ def _trace_passes(self:TapeOptimizer, cohorts, passes, extra):
         anew = tuple(after.totals) if after else ()
         work = [(c, *self._trace_pass(cbs, c, *l, {**hypers[c.group], **extra}, anew)) for c,l in zip(cohorts, last)]
         for k in (k for _,tape,_ in work for k in anew if tape.created.get(k, 's')[0] != 's'):
-            raise ValueError(f"state '{k}' is a total of '{after.__name__}', and has a value per element: a stepper must return one value per parameter, "
+            raise ValueError(f"state '{k}' is a total of '{after.__name__}', and has a value per element: a stepper must return one value "
+                             f"per parameter, "
                              "such as x.sum(). No parameter was changed.")
         works.append(work)
         last = [(tape.slots, new) for _,tape,new in work]
@@ -208,7 +210,8 @@ def _pass(self:TapeOptimizer, cbs, totals, extra):
     for k in totals:
         for c,tape,_ in work:
             i = next((i for i,s in enumerate(tape.slots) if s.name == k), None)
-            if i is not None and (k in tape.created or any(j == i for j,_ in tape.stores)): found.setdefault(k, []).append(self._values(c, k))
+            if i is None or not (k in tape.created or any(j == i for j,_ in tape.stores)): continue
+            found.setdefault(k, []).append(self._values(c, k))
     return found
 
 @patch

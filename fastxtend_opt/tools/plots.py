@@ -24,15 +24,24 @@ class Surface(NamedTuple):
     formula:str # The function in mathtext, for the title
 
 # %% ../../nbs/tools/plots.ipynb #78369d61
-def rosenbrock(x, y):
+def rosenbrock(
+    x, # First coordinate: a number or tensor
+    y # Second coordinate
+):
     "Rosenbrock's curved valley, twenty times shallower than the classic: steep sides, and an almost flat floor along y = x²"
     return (1-x)**2 + 5*(y-x**2)**2
 
-def bowl(x, y):
+def bowl(
+    x, # First coordinate: a number or tensor
+    y # Second coordinate
+):
     "A quadratic bowl, twenty times as steep along `y` as along `x`"
     return 0.5*(x**2 + 20*y**2)
 
-def saddle(x, y):
+def saddle(
+    x, # First coordinate: a number or tensor
+    y # Second coordinate
+):
     "A saddle at the origin between two equal minima at x = ±1"
     return 0.25*x**4 - 0.5*x**2 + 0.5*y**2
 

@@ -29,7 +29,10 @@ _known = {'cbs','state','_state','_by_shape','param_lists','hypers','frozen_idx'
 
 class Rule:
     "A pattern and what it says"
-    def __init__(self, pattern, value):
+    def __init__(self,
+        pattern, # As `matches` takes it
+        value # An `opt_func`, or a dict of settings that may have one as `opt_func`
+    ):
         check_pattern(pattern)
         self.pattern,self.text = pattern,pattern_text(pattern)
         if isinstance(value, dict): self.opt_func,self.settings = value.get('opt_func'),{k:v for k,v in value.items() if k!='opt_func'}

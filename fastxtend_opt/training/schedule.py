@@ -21,12 +21,12 @@ def _fraction(
     if isinstance(v, (bool,np.bool_)) or not isinstance(v, Real) or not math.isfinite(v):
         raise ValueError(f"{name} must be a number of epochs or a fraction of the training, got {v!r}")
     res = v/n_epoch if isinstance(v, Integral) or v>=1 else float(v)
-    if not 0<=res<=1: raise ValueError(f"{name}={v!r} lies outside of the training: use 0 to {n_epoch} epochs, or a fraction from 0 to 1")
+    if not 0<=res<=1: raise ValueError(f"{name}={v!r} is outside the training: use 0 to {n_epoch} epochs, or a fraction from 0 to 1")
     return res
 
 # %% ../../nbs/training/schedule.ipynb #d73cfcc8
 class PiecewiseSched:
-    "Schedule of several pieces: before `starts[i+1]` it is `scheds[i]`, from there on `scheds[i+1]`; a piece sees its own position, 0 to 1"
+    "Schedule of several pieces: `scheds[i]` from `starts[i]` to `starts[i+1]`, called with the position within the piece, 0 to 1"
     def __init__(self,
         starts:list, # Where each piece begins, as a fraction of the training; the first is 0, equal neighbours are a jump
         scheds:list # A schedule (callable of a position 0 to 1) for each piece
@@ -39,41 +39,44 @@ class PiecewiseSched:
     def __call__(self,
         pos:float # Position in the training, 0 to 1
     ): # Value of the schedule
-        # fastai's `pct_train` is a running sum within an epoch: without the allowance a piece could begin one batch late
+        # fastai's `pct_train` is a running sum within an epoch: without the tolerance, a piece could begin one batch late
         i = max(i for i,s in enumerate(self.starts) if pos>=s-1e-9 or i==0)
         s,e = self.starts[i],self.ends[i]
         return self.scheds[i](min(max((pos-s)/(e-s), 0.), 1.) if e>s else 1.)
 
 # %% ../../nbs/training/schedule.ipynb #f1e8c313
 def _entries(v):
-    "A list, tuple or array as a list; anything else, a slice too, as the list of it alone"
+    "A list, tuple or array as a list; anything else (also a slice) as a list of one"
     return list(v) if isinstance(v, (list,tuple,L)) or isinstance(v, np.ndarray) and v.ndim else [v]
 
 def _per_stage(v, n, name, shared=False):
-    "`v` as a list of `n`, a scalar standing for each where it is `shared`"
+    "`v` as a list of `n` values; if `shared`, a single value is repeated"
     v = _entries(v)*n if shared and not isinstance(v, (list,tuple,L,np.ndarray)) else _entries(v)
     if len(v)!=n: raise ValueError(f"{name} has {len(v)} value{'s'*(len(v)!=1)} but next_lr has {n} stage{'s'*(n!=1)}: give one for each "
                                    "(one stage with a list of learning rates for the groups is a list in a list: next_lr=[[1e-4,1e-3]])")
     return v
 
-# %% ../../nbs/training/schedule.ipynb #1489d427
-def sched_flat_varied(
-    n_epoch:int, # Number of epochs of the training, to convert epochs into fractions
-    start_lr:float|np.ndarray, # Learning rate of the first stage, or an array with one for each parameter group
-    div_final:float=1e5, # The cosine ends at the last stage's learning rate divided by this
-    pct_start:float=0.75, # Where the cosine begins, as a fraction of the training; 1 leaves it out
-    next_lr:list=None, # Learning rate of each following stage, a float or an array as in `start_lr`
-    change_by:int|float|list=None, # When each following learning rate is reached: epochs, or a fraction of the training
-    change_time:int|float|list=1, # How long each change takes, ending at `change_by`: epochs, or a fraction of the training; 0 is a jump
-    change_sched:Callable|list=None # Annealing of each change, a function of (start, end): `SchedCos` (default), `SchedLin`, `SchedExp`...
-)->PiecewiseSched: # Learning rate as a function of the position in the training, 0 to 1
-    "Flat stages `start_lr` and `next_lr`, with changes between them that end at `change_by`, then a cosine from `pct_start`"
+def _check_numbers(n_epoch, div_final, pct_start):
     if isinstance(n_epoch, bool) or not isinstance(n_epoch, Integral) or n_epoch<1:
         raise ValueError(f"n_epoch must be a whole number from 1 up, got {n_epoch!r}")
     if not isinstance(div_final, Real) or not math.isfinite(div_final) or div_final<=0:
         raise ValueError(f"div_final must be a number above 0, got {div_final!r}")
     if isinstance(pct_start, bool) or not isinstance(pct_start, Real) or not 0<=pct_start<=1:
         raise ValueError(f"pct_start must be a fraction of the training, from 0 to 1, got {pct_start!r}")
+
+# %% ../../nbs/training/schedule.ipynb #1489d427
+def sched_flat_varied(
+    n_epoch:int, # Number of epochs of the training, to convert epochs into fractions
+    start_lr:float|np.ndarray, # Learning rate of the first stage, or an array with one for each parameter group
+    div_final:float=1e5, # The cosine ends at the last stage's learning rate divided by this
+    pct_start:float=0.75, # Where the cosine begins, as a fraction of the training; 1 for no cosine
+    next_lr:list=None, # Learning rate of each following stage, a float or an array as in `start_lr`
+    change_by:int|float|list=None, # When each following learning rate is reached: epochs, or a fraction of the training
+    change_time:int|float|list=1, # How long each change takes, ending at `change_by`: epochs, or a fraction of the training; 0 is a jump
+    change_sched:Callable|list=None # Annealing of each change, a function of (start, end): `SchedCos` (default), `SchedLin`, `SchedExp`...
+)->PiecewiseSched: # Learning rate as a function of the position in the training, 0 to 1
+    "Flat stages `start_lr` and `next_lr`, with changes between them that end at `change_by`, then a cosine from `pct_start`"
+    _check_numbers(n_epoch, div_final, pct_start)
     if next_lr is None:
         if change_by is not None: raise ValueError(f"change_by={change_by!r} without next_lr: say which learning rate to change to")
         next_lr,change_by = [],[]
@@ -105,7 +108,7 @@ def sched_flat_varied(
 
 # %% ../../nbs/training/schedule.ipynb #a008d0fd
 def _group_lrs(opt, lr, name):
-    "`lr` as `opt` would spread it over its groups: an array with one each"
+    "`lr` spread over the groups of `opt`: an array with one rate each"
     n,v = len(opt.hypers),lr
     if isinstance(v, slice):
         if not v.stop: raise ValueError(f"{name}={lr!r} has no end: use slice(lr) or slice(first group's, last group's)")
@@ -122,17 +125,17 @@ def _group_lrs(opt, lr, name):
 @patch
 def fit_flat_varied(self:Learner,
     n_epoch:int, # Number of epochs
-    start_lr:float|slice|list=None, # Learning rate of the first stage; a slice or list gives each group its own; None: the Learner's
+    start_lr:float|slice|list=None, # Learning rate of the first stage; a slice or list gives each group its own; `None`: the Learner's
     div_final:float=1e5, # The cosine ends at the last stage's learning rate divided by this
-    pct_start:float=0.75, # Where the cosine begins, as a fraction of the training; 1 leaves it out
-    wd:float|slice|list=None, # Weight decay, as in `fit`; None is the Learner's, or else the optimizer's
+    pct_start:float=0.75, # Where the cosine begins, as a fraction of the training; 1 for no cosine
+    wd:float|slice|list=None, # Weight decay, as in `fit`; `None`: the Learner's, or else the optimizer's
     cbs:Callback|list=None, # Callbacks for this fit only
     reset_opt:bool=False, # Begin with a new optimizer
     next_lr:float|slice|list=None, # Learning rate of the following stage; a list has an entry (float, slice or list) for each stage
     change_by:int|float|list=None, # When each following learning rate is reached: epochs (int, float from 1 up) or fraction (float below 1)
     change_time:int|float|list=1, # How long each change takes, ending at `change_by`: epochs, or fraction of the training; 0 is a jump
     change_sched:Callable|list=None, # Annealing of each change, a function of (start, end): `SchedCos` (default), `SchedLin`, `SchedExp`...
-    start_epoch:int=0 # Epoch at which to go on, the earlier ones being skipped
+    start_epoch:int=0 # Epoch to continue from; earlier ones are skipped
 ):
     "Fit `self.model` for `n_epoch`: flat `start_lr`, then each `next_lr` reached at `change_by`, and a cosine to the end from `pct_start`"
     if self.opt is None: self.create_opt()

@@ -26,17 +26,30 @@ class Contestant(NamedTuple):
 settings = dict(sgd=dict(mom=.9), sgdp=dict(mom=.9), ranger=dict(k=6))
 _names = dict(sgd='SGD', rmsprop='RMSProp', adam='Adam', radam='RAdam', qhadam='QHAdam', larc='Larc', lamb='Lamb', ranger='ranger')
 
-def our_hypers(info, wd):
+def our_hypers(
+    info, # Row of the optimizer (`OptimizerInfo`)
+    wd:float # Weight decay, for those that have it
+)->dict: # Keyword arguments of its function
     "Hyperparameters of one of our optimizers in the benchmark"
     return {**({'wd':wd} if 'wd' in info.hypers else {}), **settings.get(info.name, {})}
 
-def fastai_style(func, pset, lr):
+def fastai_style(
+    func, # Function of parameters and `lr` that makes the optimizer
+    pset, # Parameters (`ParamSet`)
+    lr:float # Learning rate
+):
     "Make an optimizer as fastai does: layer groups, and `do_wd=False` for norms and biases"
     opt = func(pset.lists(), lr=lr)
     for p in pset.no_decay(): opt.state[p]['do_wd'] = False
     return opt
 
-def torch_style(cls, kw, pset, lr, wd=.01):
+def torch_style(
+    cls, # Class of optimizers, with the arguments of `torch.optim`
+    kw:dict, # Its keyword arguments: values, or functions of the learning rate
+    pset, # Parameters (`ParamSet`)
+    lr:float, # Learning rate
+    wd:float=.01 # Weight decay of the groups that decay
+):
     "Make an optimizer as torch does: parameter groups with a `weight_decay` each"
     groups = pset.torch_groups(wd)
     if 'weight_decay' not in inspect.signature(cls).parameters: groups = [dict(params=g['params']) for g in groups]
