@@ -9,7 +9,7 @@ import torch
 from .ops import OPS
 from .kinds import SCALAR_REF
 from .tape import Tape
-from .opaque import CutRun
+from .cut_run import CutRun
 
 # %% auto #0
 __all__ = ['TapeInstr', 'schedule_tape', 'run_foreach']
