@@ -53,3 +53,9 @@ def opaque_shape(
 _rank = {torch.bool:0, torch.float16:1, torch.bfloat16:1, torch.float32:2, torch.float64:3}
 
 def _promote(a, b, ka, kb): return a if a is b else torch.promote_types(a, b)
+
+def _in_words(kind):
+    "A kind in messages"
+    if kind == 'e': return "with the parameter's shape"
+    if kind == 's': return 'with a single value'
+    return 'of shape ' + (str(tuple(opaque_shape(kind))) if kind[0] == 'o' else f"({', '.join(kind)})")

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from .ops import OPS
 from .tape_tensor import TapeTensor
-from .kinds import NeedsShape, opaque_shape, SCALAR_REF, TapeSlot, UnsupportedError, axes_of, _promote
+from .kinds import NeedsShape, SCALAR_REF, TapeSlot, UnsupportedError, axes_of, _in_words, _promote
 
 # %% auto #0
 __all__ = ['Tape', 'show_tape']
@@ -68,9 +68,7 @@ class Tape:
         "The kind that two kinds broadcast to"
         if a == b or b == 's' or a == 'e': return a
         if a == 's' or b == 'e': return b
-        if 'o' in (a[0], b[0]):
-            of,into = (str(tuple(opaque_shape(k))) if k[0] == 'o' else f"({', '.join(k)})" for k in (a, b))
-            self.refuse('in-place operation', f'would write a value of shape {of} into a tensor of shape {into}: both need the same shape')
+        if 'o' in (a[0], b[0]): self.refuse_write(a, b)
         r = ''.join(['n' if 'n' in o else '1' for o in zip(a, b)])
         return 'e' if r == self.axes else r
 
@@ -103,6 +101,11 @@ class Tape:
         "Append number `x` to the arguments unchanged, and return its reference"
         self.scalars.append(x)
         return SCALAR_REF + len(self.scalars) - 1
+
+    def refuse_write(self, of, into):
+        "Raise an error: a result of kind `of` can't be written into a tensor of kind `into`"
+        self.refuse('in-place operation', f"would write a result {_in_words(of)} into a tensor {_in_words(into)}: "
+                    "the tensor needs the result's shape, or a larger shape that the result broadcasts to")
 
     def refuse_opaque(self, op, x):
         "Raise an error about `x`, whose shape only opaque functions can use"

@@ -38,10 +38,7 @@ class TapeTensor:
     def _set(self, x):
         "Take the value of `x`, converted to this dtype"
         if x.kind!=self.kind:
-            if self.tape.join(x.kind, self.kind) != self.kind:
-                single = x.kind=='e' and self.kind=='s'
-                self.tape.refuse('in-place operation', 'has a result with a larger shape than the tensor it writes into' if not single else
-                                 'would write one value per element into a tensor with a single value per parameter')
+            if self.tape.join(x.kind, self.kind) != self.kind: self.tape.refuse_write(x.kind, self.kind)
             x = self.tape.emit('expand', self, x)
         if x.dtype is not self.dtype: x = x.to(self.dtype)
         self.ref = x.ref
