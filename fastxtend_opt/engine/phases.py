@@ -51,7 +51,7 @@ class TapePhases:
         "Does reference `r` stand for values along axes?"
         return r < SCALAR_REF and self.kind(r) not in ('e','s')
     def reduces(self, j):
-        "Is the result of entry `j` available at the next level? True for reductions, except from values along axes to fewer of these"
+        "Is entry `j` a reduction with a result at the next level? Reductions of values along axes to fewer of these run at once"
         if not OPS[self.tape.ops[j][0]].reduce: return False
         k = self.kind(self.tape.ops[j][1])
         return k=='e' or (k != 's' and self.kind(j)=='s')
@@ -90,7 +90,7 @@ class TapePhases:
         return args[1:] if name in ('full','expand') else args
 
     def _postpone(self):
-        "Move one store that a later phase would miss the old value of to that phase; was there one?"
+        "Delay one store to a later phase that reads the slot's old value; was there such a store?"
         for k in range(1, self.n):
             for i,new in self._walk(k)[1].values():
                 if not new and self.at.get(i, k) < k: self.at[i] = k; return True
