@@ -1,7 +1,7 @@
 # make demo    train a real classifier in four modes (installs into .venv first)
-# make test    everything that must hold: generated files, notebooks, tests (which render the documentation)
+# make test    check generated files, run the notebooks and the tests (which render the documentation)
 # make test-all  the same with slow tests and slow cells, which take hours
-# make docs    the documentation site, in _site_preview/
+# make docs    render the documentation into _site_preview/
 # make bench   step times; ARGS='--help' lists the options
 # make dist-check     build wheel and sdist, install the wheel into an empty environment, and step there
 # make test-versions  the tests with other versions of Python and torch: CORNERS='oldest colab newest default'
@@ -30,10 +30,11 @@ CORNERS ?=
 install: $(STAMP)
 
 $(STAMP): settings.ini setup.py pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,10) and "Python 3.10 or newer is needed, $(PYTHON) is "+sys.version.split()[0]+". Name another: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3,10) and "fastxtend_opt needs Python 3.10 or newer; $(PYTHON) is " \
+	    + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@echo 'Installing into $(VENV): some minutes, and some GB, the first time'
+	@echo 'Installing into $(VENV): takes some minutes and several GB the first time'
 	$(BIN)/python -m pip install --disable-pip-version-check $(TORCH) -e '.[dev]'
 	@touch $@
 
@@ -46,12 +47,12 @@ test-all: NB_FLAGS = --flags slow
 test-all: PYTEST_ARGS += -m ''
 test-all: check notebooks pytest
 
-# one torch thread a process: the processes share the cores. The kernels' folder is the project's own, so that nothing outside is relied on
+# One torch thread per process, because the processes share the cores. Kernels go into a folder of the project, and nothing outside is used
 test check notebooks docs pytest: export OMP_NUM_THREADS := 1
 notebooks docs: export FASTXTEND_OPT_CACHE := $(CURDIR)/.cache/kernels
 pytest: export FASTXTEND_OPT_TEST_CACHE := $(CURDIR)/.cache/kernels
 notebooks docs pytest: export MPLBACKEND := agg
-# the pages of the GPU's kernels run them in Triton's interpreter, and one process runs many notebooks
+# Pages about GPU kernels run them in Triton's interpreter, and one process runs many notebooks
 notebooks docs: export TRITON_INTERPRET := 1
 
 check: $(STAMP)
@@ -64,7 +65,7 @@ docs: $(STAMP)
 	$(BIN)/python tools/process_notebooks.py --force
 	$(BIN)/python tools/render_site.py
 
-# last, so that its summary closes the log
+# Last, so that the log ends with its summary
 pytest: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 

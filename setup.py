@@ -1,4 +1,4 @@
-"All that pip needs to know stands in settings.ini; pyproject.toml names the fields that are set here."
+"Passes settings.ini to pip; pyproject.toml names the fields that are set here."
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import setup, find_packages
@@ -15,7 +15,8 @@ statuses = {'1': '1 - Planning', '2': '2 - Pre-Alpha', '3': '3 - Alpha', '4': '4
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], author_email=cfg['author_email'], license_expression=licenses[cfg['license']],
-    classifiers=[f"Development Status :: {statuses[cfg['status']]}", 'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
+    classifiers=[f"Development Status :: {statuses[cfg['status']]}",
+        'Intended Audience :: Developers', 'Intended Audience :: Science/Research',
         'Natural Language :: English', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
     packages=find_packages(include=[lib, f'{lib}.*']),
     package_data={lib: ['tools/data/*', 'engine/csrc/*']},

@@ -1,43 +1,53 @@
 #!/usr/bin/env python
-"""The fused mode on a GPU: is it right, and how fast is it? One call, under eight minutes on one GPU.
+"""Check and time the fused mode on a GPU. One call, under eight minutes on one GPU.
 
-    python bench/gpu.py --out bench/results                 # writes gpu.json, gpu.md and gpu.png, with the device's name
-    python bench/gpu.py --interpret --out /tmp/gpu_try      # every part in small on a CPU, through Triton's interpreter; its times mean nothing
+    python bench/gpu.py --out bench/results               # writes gpu.json, gpu.md and gpu.png, with the device's name
+    python bench/gpu.py --interpret --out /tmp/gpu_try    # small cases of every part, in Triton's interpreter on a CPU; ignore its times
+    python bench/gpu.py --parts correct --checks apollo   # only the checks with "apollo" in their name
 
-Parts (`--parts`): `correct`, every optimizer in float32 and bfloat16 on the device against native, and what must hold of a step (no synchronisation,
-streams, torch's AMP, the refusal of a capture); `first`, the first step of a new kernel in a fresh process; `models`, step times in turns of native,
-foreach, jit and fused beside torch.optim and optimi; `sweep`, the launch's block and warps.
+Parts (`--parts`): `correct`, every optimizer in float32, float64 and bfloat16 compared with native on the device, and properties of a step
+(no synchronization, streams, torch's AMP, refusal of a capture), see gpu_checks.py; `first`, the first step of a new kernel in a fresh
+process; `models`, step times of native, foreach, jit and fused, of torch.optim and of optimi, in turns; `sweep`, block and warps of the
+launch.
 
-Two times are taken. `gpu`: between two CUDA events, behind a kernel that sleeps while the CPU fills the queue. `wall`: from the call to a
-synchronisation, an idle GPU before it: what launch-bound models feel. CUDA's queue holds about a thousand launches (four times as many here): a
-contestant with more of them keeps the GPU waiting even so, which `late` says (the CPU was still launching when the sleep was over) and the table marks
-with *. Each part is a process of its own, so that a fault in one leaves the others' results; what was not run is named in the result.
+Two times are measured. `gpu` is the time between two CUDA events, behind a kernel that sleeps while the CPU fills the queue. `wall` is the
+time from the call to a synchronization, starting with an idle GPU: the time of models that are limited by launches. CUDA's queue holds
+about a thousand launches (here four thousand). With more of them a contestant keeps the GPU waiting: `late` says that the CPU was still
+launching when the sleep ended, and the table marks such times with *. Each part runs in its own process, so that a fault in one keeps the
+results of the others. The result names what was not run.
 
-On the machine that `device` lends, which has torch and Triton but no fastai, wheels have to travel: fastai fastcore fastprogress fasttransform
-plum-dispatch beartype python-fasthtml starlette itsdangerous python-multipart torch-optimi (`pip download --no-deps` into .whl, as the tool's page says).
-Before the real run try `python3 -c "from fastxtend_opt.all import *"` and `bench/gpu.py --minutes 1 --models xresnet18 --optimizers adam` there.
+A machine with an NVIDIA GPU, torch, Triton and a C++ compiler, but without fastai and without a network, needs these wheels: fastai
+2.8.12, fastcore 2.2.41, fastdownload 0.0.8, fastprogress 1.1.6, fasttransform 0.0.5, plum_dispatch 2.10.1, beartype 0.23.1,
+python_fasthtml 0.14.14, starlette 1.10.0, itsdangerous 2.2.0, python_multipart 0.0.34 and torch_optimi 0.3.3 (2.6 MB;
+`pip download --no-deps -d .whl`). Install and run them there with
+
+    python3 -m pip install --no-index --no-deps --target .site .whl/*.whl && PYTHONPATH=.site python3 bench/gpu.py --out bench/results
+
+These wheels were tried on a CPU with Python 3.12.1, torch 2.11.0 and Triton 3.6.0: the import and the foreach, jit and C++ modes work. The
+interpreter of Triton 3.6 fails with numpy 2.5; compiled kernels don't use numpy.
 """
-import argparse, contextlib, json, os, subprocess, sys, tempfile, time, traceback
-from functools import partial
+import argparse, json, os, subprocess, sys, tempfile, time, traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
+sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'bench')]
 
 OPTIMIZERS = ('adam','radam','qhadam','lamb','larc','ranger','sgd','rmsprop')
-MODELS = ('xresnet50','deberta_base','matrices','mlp2000','xresnet18','xresnet101','xse_resnext50','convnext_tiny','convnext_small','vit_s16') # those of the goals first
+MODELS = ('xresnet50','deberta_base','matrices','mlp2000','xresnet18','xresnet101','xse_resnext50','convnext_tiny','convnext_small',
+          'vit_s16') # the models of the goals first
 PARTS = ('correct','models','first','sweep')
-SHARE = dict(correct=.3, models=.8, first=.9, sweep=1.) # of the minutes: when a part has to be over
+SHARE = dict(correct=.3, models=.8, first=.9, sweep=1.) # share of the minutes after which a part has to end
 
 def arguments():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--out', type=Path, default=ROOT/'bench'/'results', help='folder of the results (default: %(default)s)')
     p.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
-    p.add_argument('--optimizers', nargs='+', choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    p.add_argument('--checks', nargs='+', default=[''], metavar='TEXT', help='run only the checks with one of these texts in their name')
+    p.add_argument('--optimizers', nargs='+', choices=OPTIMIZERS, default=list(OPTIMIZERS), help='optimizers to time (default: all)')
     p.add_argument('--models', nargs='+', choices=MODELS, default=list(MODELS))
-    p.add_argument('--minutes', type=float, default=7.5, help='when to stop starting new cases (default: %(default)s)')
+    p.add_argument('--minutes', type=float, default=7.5, help='start no case later than this (default: %(default)s)')
     p.add_argument('--rounds', type=int, default=15, help='samples of each contestant, fewer of slow ones (default: %(default)s)')
-    p.add_argument('--interpret', action='store_true', help="on a CPU, in small, through Triton's interpreter")
+    p.add_argument('--interpret', action='store_true', help="run small cases on a CPU, in Triton's interpreter")
     p.add_argument('--probe', help=argparse.SUPPRESS)
     p.add_argument('--child', help=argparse.SUPPRESS)
     return p.parse_args()
@@ -47,16 +57,17 @@ class Cuda:
     "Clocks, events and sizes of a real GPU"
     def __init__(self):
         import torch
-        if not torch.cuda.is_available(): raise SystemExit('bench/gpu.py: there is no CUDA or ROCm device here; --interpret runs every part in small on a CPU.')
+        if not torch.cuda.is_available():
+            raise SystemExit('bench/gpu.py: there is no CUDA or ROCm device here. --interpret runs small cases of every part on a CPU.')
         self.torch,self.device = torch,torch.device('cuda', torch.cuda.current_device())
-        self.flush = torch.zeros(2**28//4, device=self.device) # more than any L2 holds
+        self.flush = torch.zeros(2**28//4, device=self.device) # larger than any L2 cache
     @property
     def name(self): return self.torch.cuda.get_device_name()
     def sync(self): self.torch.cuda.synchronize()
     def free(self): return self.torch.cuda.mem_get_info()[0] + self.torch.cuda.memory_reserved() - self.torch.cuda.memory_allocated()
     def clear(self): self.torch.cuda.empty_cache()
     def gpu_ms(self, f, sleep_ms=10.):
-        "Time of what `f` puts on the GPU, which sleeps until the CPU has put it there; and whether the CPU was late"
+        "GPU time of the work that `f` queues while the GPU sleeps, and whether the CPU was late"
         start,end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
         self.flush.add_(1)
         self.sync()
@@ -67,7 +78,7 @@ class Cuda:
         end.synchronize()
         return start.elapsed_time(end),late
     def copy_gbps(self):
-        "Bytes read and written a second by a copy on the device"
+        "Bytes that a copy on the device reads and writes per second, in GB"
         n = 2**30
         a,b = (self.torch.empty(n, dtype=self.torch.uint8, device=self.device) for _ in range(2))
         b.copy_(a)
@@ -78,7 +89,7 @@ class Cuda:
         return dict(device=self.name, memory_gb=p.total_memory/2**30, processors=p.multi_processor_count, copy_gbps=self.copy_gbps())
 
 class Interpreter:
-    "The same on a CPU, in small"
+    "The same interface for small cases on a CPU"
     name,device = "Triton's interpreter on a CPU",'cpu'
     def sync(self): pass
     def free(self): return 2**33
@@ -96,214 +107,18 @@ def wall_ms(dev, f):
 def median(xs): return sorted(xs)[len(xs)//2]
 
 # ---------------------------------------------------------------- is it right?
-def to(dev, params):
-    from torch import nn
-    return [nn.Parameter(p.detach().to(dev.device)) for p in params] # keeps strides of what fills its memory
-
-def checks(dev):
-    "A (name, function) pair a check; a function returns nothing or raises"
-    import torch
-    from torch import nn
-    from fastai.optimizer import Optimizer
-    from fastxtend_opt.optimizer.fused import FusedOptimizer
-    from fastxtend_opt.definition.registry import get_optimizer, list_optimizers
-    from fastxtend_opt.engine.kinds import UnsupportedError
-    import helpers as h
-    real = dev.device != 'cpu'
-    def make(name, params, mode='fused', **kw): return get_optimizer(name).func(h.two_groups(params), lr=.01, **{mode:True} if mode!='native' else {}, **kw)
-    def grads(params, stream, i, skip=()):
-        for j,p in enumerate(params):
-            p.grad = None
-            if j not in skip: p.grad = torch.empty_like(p).copy_(stream.values(p, i, j).to(p.dtype))
-
-    def equals_native(name, dtype, **kw):
-        "25 steps with late and vanishing gradients, decay left out on some, a schedule; elements from none to more than a chunk, channels_last"
-        runs = []
-        for mode in ('fused','native'):
-            params = to(dev, h.make_params(dtype=dtype))
-            opt,stream = make(name, params, mode, **kw),h.GradStream(1)
-            for p in params[::3]: opt.state[p]['do_wd'] = False
-            for i in range(25 if real else 7):
-                opt.set_hyper('lr', .01/(1+i))
-                grads(params, stream, i, [j for j in range(len(params)) if i < 2*j%7])
-                opt.step()
-            runs.append(([p.detach() for p in params], h.detach_copy(opt.state_dict())))
-        h.assert_same(runs[0][0], runs[1][0], **h.TOL[dtype], path='params')
-        h.assert_same(runs[0][1], runs[1][1], **h.TOL[dtype], path='state')
-
-    def rounds_once(name, dtype):
-        "A step on low-precision storage is a float32 step, rounded at its end"
-        params,stream = to(dev, h.make_params(dtype=dtype)),h.GradStream(1)
-        opt = make(name, params, wd=.1, kahan_sum=False)
-        for i in range(8 if real else 3):
-            grads(params, stream, i)
-            twins = [nn.Parameter(p.detach().clone().float()) for p in params]
-            twin = make(name, twins, 'native', wd=.1)
-            for p,q in zip(params, twins): q.grad = p.grad.clone().float()
-            cast = lambda o: {k:cast(v) for k,v in o.items()} if isinstance(o, dict) else [cast(v) for v in o] if isinstance(o, (list,tuple)) else o.to(torch.float32) if isinstance(o, torch.Tensor) else o
-            twin.load_state_dict(cast(h.detach_copy(opt.state_dict())))
-            opt.step(); twin.step()
-            h.assert_ulps([p.detach() for p in params], [q.detach().to(dtype) for q in twins], 1, 4*2**-24, f'step {i}')
-
-    def nothing_waits(name):
-        "No step after the first ones synchronises the CPU with the GPU, also with a schedule and with new gradient tensors"
-        params,stream = to(dev, h.make_params()),h.GradStream(1)
-        opt = make(name, params, wd=.1)
-        kept = []
-        for i in range(8): grads(params, stream, i); kept.append([p.grad for p in params])
-        def steps(r):
-            for i in r:
-                for p,g in zip(params, kept[i]): p.grad = g
-                opt.set_hyper('lr', .01/(1+i))
-                opt.step()
-        steps(range(4)); dev.sync()
-        if real: torch.cuda.set_sync_debug_mode('error')
-        try: steps(range(4, 8))
-        finally:
-            if real: torch.cuda.set_sync_debug_mode('default')
-
-    def layouts_and_offsets():
-        "Transposed, sliced and unaligned views; nothing beside them is touched"
-        runs = []
-        for cls in (FusedOptimizer, Optimizer):
-            base = torch.arange(400., device=dev.device).view(20,20)/100
-            views = [base[0,1:14], base[1:5].t(), base[6:12:2,3:9], base[13:15]]
-            params = [nn.Parameter(v) for v in views]
-            from fastai.optimizer import weight_decay, average_grad, momentum_step
-            opt = cls(params, [weight_decay, average_grad, momentum_step], lr=.1, wd=.1, mom=.9)
-            for i in range(4):
-                for p in params: p.grad = torch.full_like(p, .1*i)
-                opt.step()
-            runs.append(base)
-        h.assert_same(runs[0], runs[1], **h.TOL[torch.float32])
-
-    def other_streams():
-        "Tables made on one stream, used on a second that is held up, and freed meanwhile: the first one's new tensors must not lie on them"
-        params = to(dev, h.make_params()); twins = [nn.Parameter(p.detach().clone()) for p in params]
-        a,b,stream = make('adam', params),make('adam', twins, 'native'),h.GradStream(2)
-        def both(i):
-            grads(params, stream, i)
-            for p,q in zip(params, twins): q.grad = p.grad.clone()
-            b.step()
-        one,other = (torch.cuda.Stream(), torch.cuda.Stream()) if real else (None, None)
-        for i in range(6):
-            both(i)
-            if not real: a.step(); continue
-            dev.sync()
-            with torch.cuda.stream(one if i%2 == 0 else other):
-                if i%2: torch.cuda._sleep(100_000_000)
-                a.step()
-            if i%2:
-                sizes = [t.numel() for l in getattr(a, 'opt', a)._plan.launches.values() for t in (l.chunks, l.tensors, l.addresses[1])]
-                a._plan = None # frees the tables, whose last use is still waiting
-                with torch.cuda.stream(one): junk = [torch.full((n,), -1, dtype=torch.int64, device=dev.device) for n in sizes*4]
-                del junk
-        h.assert_same([p.detach() for p in params], [q.detach() for q in twins], **h.TOL[torch.float32])
-
-    def more_than_32_bits():
-        "A tensor of more than 2**31 elements, to its last one"
-        n = 2**31 + 5000 if real else 5000
-        if real and dev.free() < 6*n: return 'not enough memory'
-        p = nn.Parameter(torch.ones(n, dtype=torch.bfloat16, device=dev.device)); p.grad = torch.full_like(p, .5)
-        get_optimizer('sgd').func([p], lr=1., mom=0., wd=0., fused=True).step()
-        assert (p.detach() == .5).all()
-
-    def two_devices():
-        n = torch.cuda.device_count() if real else 1
-        if n < 2: return 'one device here'
-        runs = []
-        for mode in ('fused','native'):
-            params = [nn.Parameter(p.detach().to(f'cuda:{i%2}')) for i,p in enumerate(h.make_params())]
-            opt,stream = make('lamb', params, mode),h.GradStream(1)
-            for i in range(6): grads(params, stream, i); opt.step()
-            runs.append([p.detach().cpu() for p in params])
-        h.assert_same(*runs, **h.TOL[torch.float32])
-
-    def amp(name, amp_scaling):
-        "torch's GradScaler with overflows, by the plain way and in the kernel"
-        runs = []
-        for mode in ('fused','native'):
-            params = to(dev, h.make_params([(5,),(4,4)]))
-            if callable(name): opt = (FusedOptimizer if mode=='fused' else Optimizer)(h.two_groups(params), [name], lr=.01)
-            else: opt = make(name, params, mode)
-            stream = h.GradStream(1)
-            if mode=='fused' and amp_scaling: opt.amp_scaling = True
-            scaler = torch.amp.GradScaler(torch.device(dev.device).type, init_scale=2.**10, growth_interval=3)
-            for i in range(8):
-                grads(params, stream, i)
-                scaler.scale(torch.ones((), device=dev.device))
-                s = scaler.get_scale()
-                for p in params: p.grad.mul_(s)
-                if i in (0,1,4): params[1].grad.view(-1)[0] = float('inf')
-                scaler.step(opt); scaler.update()
-            runs.append(([p.detach() for p in params], h.detach_copy(opt.state_dict())))
-        h.assert_same(runs[0], runs[1], **h.TOL[torch.float32])
-
-    def amp_waits_for_nothing():
-        "With the scaling in the kernel, a loop with GradScaler synchronises nowhere"
-        params = to(dev, h.make_params())
-        opt,scaler,stream = make('adam', params),torch.amp.GradScaler(torch.device(dev.device).type, init_scale=4.),h.GradStream(1)
-        opt.amp_scaling = True
-        kept = []
-        for i in range(8): grads(params, stream, i); kept.append([p.grad for p in params])
-        loss = torch.ones((), device=dev.device)
-        for i in range(8):
-            if real and i==4: dev.sync(); torch.cuda.set_sync_debug_mode('error')
-            try:
-                for p,g in zip(params, kept[i]): p.grad = g
-                scaler.scale(loss); scaler.step(opt); scaler.update()
-            except BaseException:
-                if real: torch.cuda.set_sync_debug_mode('default')
-                raise
-        if real: torch.cuda.set_sync_debug_mode('default')
-
-    def keeps_gradient(p, lr, buf=None, prev=None, **kwargs):
-        buf = p.grad.data.clone() if buf is None else buf.mul_(.9).add_(p.grad.data)
-        if prev is None: prev = torch.zeros_like(p.data)
-        n = p.grad.data.norm()
-        prev.copy_(p.grad.data)
-        p.data.sub_((buf + p.grad.data/(n + 1))*lr)
-        return {'buf': buf, 'prev': prev}
-
-    def capture_is_refused():
-        if not real: return 'no graphs here'
-        params = to(dev, h.make_params())
-        opt,graph = make('adam', params),torch.cuda.CUDAGraph()
-        grads(params, h.GradStream(), 0); opt.step()
-        held = [p.detach().clone() for p in params]
-        try:
-            with torch.cuda.graph(graph): opt.step()
-        except UnsupportedError as e: assert 'captured' in str(e)
-        else: raise AssertionError('a captured step was not refused')
-        h.assert_same([p.detach() for p in params], held)
-
-    def mixed_dtypes():
-        runs = []
-        for mode in ('fused','native'):
-            dts = [torch.float32, torch.float64, torch.bfloat16] # not float16: native loses squares below 6e-8 there
-            params = [nn.Parameter(p.detach().to(dev.device, dts[j%3])) for j,p in enumerate(h.make_params())]
-            opt,stream = make('adam', params, mode, kahan_sum=False),h.GradStream(1)
-            grads(params, stream, 0); opt.step()
-            runs.append([p.detach() for p in params])
-        for a,b in zip(*runs): h.assert_same(a, b, rtol=4*torch.finfo(a.dtype).eps, atol=torch.finfo(a.dtype).eps)
-
-    names = [o.name for o in list_optimizers() if 'fused' in o.modes]
-    for n in names:
-        yield f'{n} float32', partial(equals_native, n, torch.float32, wd=.1)
-        yield f'{n} float64', partial(equals_native, n, torch.float64, wd=.1)
-        yield f'{n} bfloat16', partial(rounds_once, n, torch.bfloat16)
-        yield f'{n} no synchronisation', partial(nothing_waits, n)
-    yield 'adam float16',partial(rounds_once, 'adam', torch.float16)
-    yield from (('layouts and offsets', layouts_and_offsets), ('two devices', two_devices), ('mixed dtypes', mixed_dtypes), ('capture', capture_is_refused), ('2**31 elements', more_than_32_bits),
-                ('GradScaler without synchronisation', amp_waits_for_nothing), ('streams', other_streams))
-    for n in ('adam','lamb',keeps_gradient): yield from ((f'{getattr(n, "__name__", n)} GradScaler', partial(amp, n, False)), (f'{getattr(n, "__name__", n)} GradScaler in the kernel', partial(amp, n, True)))
-
 def part_correct(a, dev, out, left):
+    from fastxtend_opt.optimizer.passes import dry_run
+    from gpu_checks import checks
     out['correct'] = []
     for name,f in checks(dev):
+        if not any(o in name for o in a.checks): continue
         if left() < 3: out['not_run'].append(f'correct: {name}'); continue
-        try: res = dict(check=name, ok=True, note=f() or '')
-        except Exception as e: res = dict(check=name, ok=False, note=f'{type(e).__name__}: {e}'[:600], trace=traceback.format_exc()[-1500:])
+        try:
+            with dry_run(): note = f() # AdaHessian has no training loop here, and takes the gradient for its estimate
+            res = dict(check=name, ok=True, note=note or '')
+        except Exception as e:
+            res = dict(check=name, ok=False, note=f'{type(e).__name__}: {e}'[:600], trace=traceback.format_exc()[-1500:])
         out['correct'].append(res)
         out['save']()
         if not res['ok']: print(f"WRONG {name}: {res['note']}", flush=True)
@@ -328,7 +143,8 @@ def part_first(a, dev, out, left):
         if left() < 12: out['not_run'].append(f'first: {name}'); continue
         with tempfile.TemporaryDirectory(prefix='gpu_first') as d:
             env = {**os.environ, 'TRITON_CACHE_DIR':f'{d}/triton', 'FASTXTEND_OPT_CACHE':f'{d}/own', 'PYTHONWARNINGS':'ignore'}
-            rs = [subprocess.run([sys.executable, __file__, '--probe', name, *(['--interpret'] if a.interpret else [])], env=env, capture_output=True, text=True, timeout=120) for _ in range(2)]
+            cmd = [sys.executable, __file__, '--probe', name, *(['--interpret'] if a.interpret else [])]
+            rs = [subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=120) for _ in range(2)]
         if any(r.returncode for r in rs): out['not_run'].append(f'first: {name}: {rs[0].stderr[-300:]}'); continue
         cold,warm = (json.loads(r.stdout.splitlines()[-1]) for r in rs)
         out['first'].append(dict(optimizer=name, cold_ms=cold['first_ms'], warm_ms=warm['first_ms'], later_ms=warm['later_ms']))
@@ -337,65 +153,81 @@ def part_first(a, dev, out, left):
 # ---------------------------------------------------------------- step times
 def rows_of(a, model):
     from fastxtend_opt.tools.benchmark import model_rows
-    if model == 'matrices': return [(0, 1, (8192,7680))]*16 if not a.interpret else [(0, 1, (64,60))]*16 # 1.007e9 elements
+    if model == 'matrices': return [(0, 1, (64,60) if a.interpret else (8192,7680))]*16 # 1.007e9 elements
     rows = model_rows(model)
     return rows if not a.interpret else [(g, d, tuple(min(n, 4) for n in s)) for g,d,s in rows][:12]
 
 def bytes_of(opt, p, n, reduction, every):
-    "Bytes that a step has to move, by the states that it holds; a reduction reads them once more"
+    "Bytes that a step has to move for the states that it holds; a reduction reads them once more"
     from fastxtend_opt.tools.bench.overhead import count_states
     from fastxtend_opt.tools.bench.traffic import step_bytes
     full,slow = count_states(opt, p)
     return n*step_bytes(full, p.element_size(), reduction, every if slow else 0)
 
+def ready(a, dev, found, pset, model, optimizer, out):
+    "Contestants with an optimizer that has taken its first steps: label to its record. Those that fail or need too much memory are noted"
+    size = sum(p.numel()*p.element_size() for p in pset.params)
+    turns,skipped = {},[]
+    for c in sorted(found, key=lambda c: c.mode != 'fused'): # fused first, in case memory runs short
+        if dev.free() < 6*size + 2**30: skipped.append(c.label); continue
+        try:
+            opt = c.make(pset, 1e-5)
+            for _ in range(3): opt.step()
+            ms = wall_ms(dev, opt.step)
+            reps = 2 if a.interpret else max(3, min(a.rounds, int(600/max(ms, .01)))) # slow ones get fewer samples
+            turns[c.label] = dict(c=c, opt=opt, reps=reps, ms=ms, gpu=[], wall=[], late=0)
+        except Exception as e:
+            out['missing'].append(dict(model=model, optimizer=optimizer, who=c.label, why=f'{type(e).__name__}: {e}'[:300]))
+    if skipped:
+        out['missing'].append(dict(model=model, optimizer=optimizer, who=', '.join(skipped), why='not enough memory on the device'))
+    return turns
+
+def take_turns(dev, turns, every):
+    "Time each contestant once a round, in an order that rotates"
+    names = list(turns)
+    for r in range(max((t['reps'] for t in turns.values()), default=0)):
+        for k in names[r%len(names):] + names[:r%len(names)]:
+            t = turns[k]
+            if r >= t['reps']: continue
+            def steps():
+                for _ in range(every): t['opt'].step()
+            ms,late = dev.gpu_ms(steps, max(1., min(t['ms']*3*every, 600)))
+            t['gpu'].append(ms/every); t['late'] += late
+            t['wall'].append(wall_ms(dev, steps)/every)
+
 def case(a, dev, model, optimizer, dtype, copy_gbps, out):
+    "Times of all contestants for one model, optimizer and dtype"
     import torch
     from fastxtend_opt.definition.registry import get_optimizer
     from fastxtend_opt.tools import benchmark as b
     from fastxtend_opt.tools.bench.contestants import settings
     pset = b.ParamSet(rows_of(a, model), device=dev.device, dtype=dtype)
     pset.saved = None # gradients are not zeroed here
-    n,size = pset.elements,sum(p.numel()*p.element_size() for p in pset.params)
     modes = ('foreach','jit','fused') if dtype is torch.float32 else ('foreach','fused')
     found,missing = b.contestants(optimizer, modes, ('torch','optimi') if not a.interpret else ('torch',), gpu=not a.interpret)
     if model == 'matrices': found = [c for c in found if c.mode in ('fused','foreach','triton','native')]
     out['missing'] += [dict(model=model, optimizer=optimizer, who=w, why=y) for w,y in missing]
-    every,turns,skipped = settings.get(optimizer, {}).get('k', 1),{},[]
-    for c in sorted(found, key=lambda c: c.mode != 'fused'): # where memory is short, the fused ones come first
-        if dev.free() < 6*size + 2**30: skipped.append(c.label); continue
-        try:
-            opt = c.make(pset, 1e-5)
-            for _ in range(3): opt.step()
-            ms = wall_ms(dev, opt.step)
-            reps = max(3, min(a.rounds, int(600/max(ms, .01)))) if not a.interpret else 2 # slow ones get fewer samples
-            turns[c.label] = dict(c=c, opt=opt, reps=reps, ms=ms, gpu=[], wall=[], late=0)
-        except Exception as e: out['missing'].append(dict(model=model, optimizer=optimizer, who=c.label, why=f'{type(e).__name__}: {e}'[:300]))
-    if skipped: out['missing'].append(dict(model=model, optimizer=optimizer, who=', '.join(skipped), why='not enough memory on the device'))
-    names = list(turns)
-    for r in range(max((t['reps'] for t in turns.values()), default=0)):
-        for k in names[r%len(names):] + names[:r%len(names)]:
-            t = turns[k]
-            if r >= t['reps']: continue
-            ms,late = dev.gpu_ms(lambda: [t['opt'].step() for _ in range(every)], max(1., min(t['ms']*3*every, 600)))
-            t['gpu'].append(ms/every); t['late'] += late
-            t['wall'].append(wall_ms(dev, lambda: [t['opt'].step() for _ in range(every)])/every)
-    res = []
+    every = settings.get(optimizer, {}).get('k', 1)
+    turns = ready(a, dev, found, pset, model, optimizer, out)
+    take_turns(dev, turns, every)
+    reduction,res = get_optimizer(optimizer).kind=='reduction',[]
     for k,t in turns.items():
-        reduction = get_optimizer(optimizer).kind=='reduction'
-        by = bytes_of(t['opt'], pset.params[0], n, reduction, every)
-        g = median(t['gpu'])
-        res.append(dict(model=model, optimizer=optimizer, dtype=str(dtype)[6:], contestant=k, lib=t['c'].lib, mode=t['c'].mode, tensors=len(pset.params), elements=n,
-                        gpu_ms=g, wall_ms=median(t['wall']), samples=len(t['gpu']), late=t['late'], gpu_min=min(t['gpu']), gpu_max=max(t['gpu']), bytes=by, of_copy=by/g/1e6/copy_gbps))
+        by,g = bytes_of(t['opt'], pset.params[0], pset.elements, reduction, every),median(t['gpu'])
+        res.append(dict(model=model, optimizer=optimizer, dtype=str(dtype)[6:], contestant=k, lib=t['c'].lib, mode=t['c'].mode,
+                        tensors=len(pset.params), elements=pset.elements, gpu_ms=g, wall_ms=median(t['wall']), samples=len(t['gpu']),
+                        late=t['late'], gpu_min=min(t['gpu']), gpu_max=max(t['gpu']), bytes=by, of_copy=by/g/1e6/copy_gbps))
     out['rows'] += res
-    print(f"{model} {optimizer} {str(dtype)[6:]}: " + ', '.join(f"{r['contestant']} {r['gpu_ms']:.3f}/{r['wall_ms']:.3f}" for r in sorted(res, key=lambda r: r['gpu_ms'])), flush=True)
+    times = ', '.join(f"{r['contestant']} {r['gpu_ms']:.3f}/{r['wall_ms']:.3f}" for r in sorted(res, key=lambda r: r['gpu_ms']))
+    print(f"{model} {optimizer} {str(dtype)[6:]}: {times}", flush=True)
 
 def part_models(a, dev, out, left):
     import torch
     from fastxtend_opt.tools.bench.turns import without_gc
     cases = [(m, o, torch.float32) for m in a.models for o in a.optimizers]
-    first = [c for c in cases if c[1]=='adam' or c[0] in ('xresnet50','deberta_base')] # what the goals speak of
+    first = [c for c in cases if c[1]=='adam' or c[0] in ('xresnet50','deberta_base')] # the cases of the goals
     first.sort(key=lambda c: c[:2] != ('matrices','adam'))
-    cases = first + [(m, o, torch.bfloat16) for m in a.models for o in ('adam',) if m in ('matrices','deberta_base') and o in a.optimizers] + [c for c in cases if c not in first]
+    low = [(m, 'adam', torch.bfloat16) for m in a.models if m in ('matrices','deberta_base') and 'adam' in a.optimizers]
+    cases = first + low + [c for c in cases if c not in first]
     for m,o,d in cases:
         if left() < 8: out['not_run'].append(f'models: {m} {o} {str(d)[6:]}'); continue
         try:
@@ -404,36 +236,44 @@ def part_models(a, dev, out, left):
         except Exception as e: out['not_run'].append(f'models: {m} {o}: {type(e).__name__}: {e}'[:300])
         out['save']()
 
+SIZES = [(512,4,2**14,2**13), (1024,8,2**14,2**13), (2048,4,2**14,2**13), (2048,8,2**14,2**13), (1024,4,2**14,2**11), (1024,4,2**14,2**15),
+         (1024,4,2**16,2**13), (1024,2,2**14,2**13)] # block, warps, chunk, programs
+
+def sweep_case(a, dev, model, optimizer, dtype, sizes, use):
+    "Times of the fused step for each of `sizes`, in turns: size to list"
+    from fastxtend_opt.tools.benchmark import ParamSet, contestants
+    pset,opts = ParamSet(rows_of(a, model), device=dev.device, dtype=dtype),{}
+    pset.saved = None
+    for s in sizes:
+        use(s)
+        opt = contestants(optimizer, ('fused',), (), baseline=False)[0][0].make(pset, 1e-5)
+        opt.step(); opt.step()
+        opts[s] = opt,[]
+    for r in range(12 if not a.interpret else 1):
+        for s,(opt,ts) in opts.items():
+            use(s)
+            ts.append(dev.gpu_ms(opt.step)[0])
+    return {s: ts for s,(_,ts) in opts.items()}
+
 def part_sweep(a, dev, out, left):
-    "Other blocks and warps than the package's, in turns: what `engine.triton_launch` should hold"
+    "Other blocks and warps than the package's, to find good values for `engine.triton_launch`"
     import torch
     from fastxtend_opt.engine import triton_launch
-    from fastxtend_opt.tools.benchmark import ParamSet, contestants
     names = 'GPU_BLOCK','GPU_WARPS','GPU_CHUNK','GPU_PROGRAMS'
     default = tuple(getattr(triton_launch, n) for n in names)
     def use(s):
         for n,v in zip(names, s): setattr(triton_launch, n, v)
-    sizes = [(512,4,2**14,2**13), (1024,8,2**14,2**13), (2048,4,2**14,2**13), (2048,8,2**14,2**13), (1024,4,2**14,2**11), (1024,4,2**14,2**15), (1024,4,2**16,2**13), (1024,2,2**14,2**13)] if not a.interpret else [(256,4,1024,1)]
+    sizes = list(dict.fromkeys([default, *(SIZES if not a.interpret else [(256,4,1024,1)])]))
     out['sweep'] = []
-    for model,optimizer,dtype in (('xresnet50','adam',torch.float32), ('matrices','adam',torch.float32), ('matrices','adam',torch.bfloat16), ('xresnet50','lamb',torch.float32)):
+    for model,optimizer,dtype in (('xresnet50','adam',torch.float32), ('matrices','adam',torch.float32), ('matrices','adam',torch.bfloat16),
+                                  ('xresnet50','lamb',torch.float32)):
         if left() < 8: out['not_run'].append(f'sweep: {model} {optimizer}'); continue
-        opts = {}
-        try:
-            pset = ParamSet(rows_of(a, model), device=dev.device, dtype=dtype)
-            pset.saved = None
-            for s in dict.fromkeys([default, *sizes]):
-                use(s)
-                opt = contestants(optimizer, ('fused',), (), baseline=False)[0][0].make(pset, 1e-5)
-                opt.step(); opt.step()
-                opts[s] = opt,[]
-            for r in range(12 if not a.interpret else 1):
-                for s,(opt,ts) in opts.items():
-                    use(s)
-                    ts.append(dev.gpu_ms(opt.step)[0])
+        times = {}
+        try: times = sweep_case(a, dev, model, optimizer, dtype, sizes, use)
         except Exception as e: out['not_run'].append(f'sweep: {model} {optimizer}: {type(e).__name__}: {e}'[:300])
         finally: use(default)
-        out['sweep'] += [dict(model=model, optimizer=optimizer, dtype=str(dtype)[6:], block=s[0], warps=s[1], chunk=s[2], programs=s[3], gpu_ms=median(ts), default=s==default) for s,(_,ts) in opts.items() if ts]
-        del opts
+        out['sweep'] += [dict(model=model, optimizer=optimizer, dtype=str(dtype)[6:], block=s[0], warps=s[1], chunk=s[2], programs=s[3],
+                              gpu_ms=median(ts), default=s==default) for s,ts in times.items()]
         out['save']()
         dev.clear()
     for s in out['sweep']: print('sweep', s, flush=True)
@@ -443,7 +283,9 @@ def goals(out):
     "(goal, case, wanted, measured, reached) rows"
     t = {(r['model'],r['optimizer'],r['dtype'],r['contestant']):r for r in out['rows']}
     res = []
-    def add(goal, what, wanted, value, most=False): res.append(dict(goal=goal, case=what, wanted=wanted, value=value, most=most, reached=None if value is None else (value<=wanted if most else value>=wanted)))
+    def add(goal, what, wanted, value, most=False):
+        reached = None if value is None else value<=wanted if most else value>=wanted
+        res.append(dict(goal=goal, case=what, wanted=wanted, value=value, most=most, reached=reached))
     for m in dict.fromkeys(r['model'] for r in out['rows']):
         a,b = (t.get((m,'adam','float32',k)) for k in ('fastxtend_opt fused','torch fused'))
         add("fused Adam, times as fast as torch's fused AdamW", m, 1., b['gpu_ms']/a['gpu_ms'] if a and b else None)
@@ -459,51 +301,80 @@ def goals(out):
     for f in out.get('first', []): add('first step of a new kernel, ms, cold', f['optimizer'], 3000., f['cold_ms'], most=True)
     return res
 
+def steps_section(out, title, key, _f, _md):
+    "Table of one model, optimizer and dtype"
+    rs = sorted((r for r in out['rows'] if (r['model'],r['optimizer'],r['dtype'])==key), key=lambda r: -r['gpu_ms'])
+    native = next((r['gpu_ms'] for r in rs if r['contestant']=='fastai native'), None)
+    rows = [[r['contestant'], _f(r['gpu_ms']) + ' *'*(r['late'] > r['samples']/2), _f(r['wall_ms']), _f(native and native/r['gpu_ms']),
+             _f(r['of_copy']), str(r['samples'])] for r in rs]
+    table = _md(['','GPU ms','wall ms','x fastai (GPU)','share of copy bandwidth','samples'], rows)
+    return f"### {title}, {key[1]}, {key[2]}\n\n{rs[0]['tensors']:,} tensors, {rs[0]['elements']/1e6:.1f} M elements\n\n{table}\n"
+
 def report(out):
+    "The results as Markdown"
     from fastxtend_opt.tools.bench.format import format_number as _f, markdown_table as _md
     from fastxtend_opt.tools.bench.models import list_models
-    titles = {**list_models(), 'matrices':'16 matrices, 1e9 elements'}
-    m = out['machine']
-    s = [f"# Fused on a GPU\n\n{m['device']}, {m['memory_gb']:.0f} GB; a copy on the device moves {m['copy_gbps']:,.0f} GB/s. {m['when']}; " + ', '.join(f'{k} {v}' for k,v in m['versions'].items()) + '\n']
+    titles,m = {**list_models(), 'matrices':'16 matrices, 1e9 elements'},out['machine']
+    versions = ', '.join(f'{k} {v}' for k,v in m['versions'].items())
+    s = [f"# Fused on a GPU\n\n{m['device']}, {m['memory_gb']:.0f} GB; a copy on the device moves {m['copy_gbps']:,.0f} GB/s. "
+         f"{m['when']}; {versions}\n"]
     if 'correct' in out:
         bad = [c for c in out['correct'] if not c['ok']]
-        s.append(f"## Correctness: {len(out['correct'])-len(bad)} of {len(out['correct'])} checks hold\n\n" + '\n'.join(f"- **{c['check']}**: {c['note']}" for c in bad) + '\n')
+        s.append(f"## Correctness: {len(out['correct'])-len(bad)} of {len(out['correct'])} checks hold\n\n" +
+                 '\n'.join(f"- **{c['check']}**: {c['note']}" for c in bad) + '\n')
     if out['rows'] and m['processors']: # the interpreter's times mean nothing
         said = {True:'yes', False:'**no**', None:'not measured'}
-        s.append('## Goals\n\n' + _md(['goal','case','wanted','measured','reached'], [[g['goal'], g['case'], ('<= ' if g['most'] else '>= ')+_f(g['wanted']), _f(g['value']), said[g['reached']]] for g in goals(out)]) + '\n')
-    for model,opt,dt in dict.fromkeys((r['model'],r['optimizer'],r['dtype']) for r in out['rows']):
-        rs = sorted((r for r in out['rows'] if (r['model'],r['optimizer'],r['dtype'])==(model,opt,dt)), key=lambda r: -r['gpu_ms'])
-        nat = next((r['gpu_ms'] for r in rs if r['contestant']=='fastai native'), None)
-        s.append(f"### {titles.get(model, model)}, {opt}, {dt}\n\n{rs[0]['tensors']:,} tensors, {rs[0]['elements']/1e6:.1f} M elements\n\n" +
-                 _md(['','GPU ms','wall ms','x fastai (GPU)','share of copy bandwidth','samples'], [[r['contestant'], _f(r['gpu_ms']) + ' *'*(r['late'] > r['samples']/2), _f(r['wall_ms']), _f(nat and nat/r['gpu_ms']), _f(r['of_copy']), str(r['samples'])] for r in rs]) + '\n')
-    if out.get('first'): s.append('## First step\n\n' + _md(['optimizer','cold ms','from the disk ms','later ms'], [[f['optimizer'], _f(f['cold_ms']), _f(f['warm_ms']), _f(f['later_ms'])] for f in out['first']]) + '\n')
-    if out.get('sweep'): s.append('## Launch sizes\n\n' + _md(['case','block','warps','chunk','programs','GPU ms'], [[f"{w['model']} {w['optimizer']} {w['dtype']}", str(w['block']), str(w['warps']), str(w['chunk']), str(w['programs']), _f(w['gpu_ms']) + (' (default)' if w['default'] else '')] for w in out['sweep']]) + '\n')
+        rows = [[g['goal'], g['case'], ('<= ' if g['most'] else '>= ')+_f(g['wanted']), _f(g['value']), said[g['reached']]]
+                for g in goals(out)]
+        s.append('## Goals\n\n' + _md(['goal','case','wanted','measured','reached'], rows) + '\n')
+    for key in dict.fromkeys((r['model'],r['optimizer'],r['dtype']) for r in out['rows']):
+        s.append(steps_section(out, titles.get(key[0], key[0]), key, _f, _md))
+    if out.get('first'):
+        rows = [[f['optimizer'], _f(f['cold_ms']), _f(f['warm_ms']), _f(f['later_ms'])] for f in out['first']]
+        s.append('## First step\n\n' + _md(['optimizer','cold ms','from the disk ms','later ms'], rows) + '\n')
+    if out.get('sweep'):
+        rows = [[f"{w['model']} {w['optimizer']} {w['dtype']}", *(str(w[k]) for k in ('block','warps','chunk','programs')),
+                 _f(w['gpu_ms']) + (' (default)' if w['default'] else '')] for w in out['sweep']]
+        s.append('## Launch sizes\n\n' + _md(['case','block','warps','chunk','programs','GPU ms'], rows) + '\n')
     missing = dict.fromkeys(f"{x['model']} {x['optimizer']}: {x['who']}: {x['why']}" for x in out['missing'])
     if missing or out['not_run']: s.append('## Missing, and not run\n\n' + '\n'.join(f'- {x}' for x in [*missing, *out['not_run']]) + '\n')
     return '\n'.join(s)
+
+def plot_optimizer(ax, out, rows, models, seen):
+    "One panel: a point for each contestant and model, and the time of the kernel's bytes at copy bandwidth"
+    from fastxtend_opt.tools.bench.report import colors, markers
+    for y,m in enumerate(models):
+        here = [r for r in rows if r['model']==m]
+        for r in here:
+            own = r['lib']=='fastxtend_opt'
+            point, = ax.plot(r['gpu_ms'], y, markers.get(r['mode'],'P'), color=colors.get(r['lib'],'#17becf'), ms=8 if own else 5.5,
+                             mec='white', mew=.6, zorder=3+own)
+            seen.setdefault(r['contestant'], point)
+        for r in here:
+            if r['contestant']!='fastxtend_opt fused': continue
+            least = r['bytes']/out['machine']['copy_gbps']/1e6
+            seen.setdefault('its bytes at copy bandwidth', ax.plot([least]*2, [y-.38,y+.38], color='black', lw=1.6, zorder=1)[0])
+    ax.set_xscale('log')
+    ax.set_xlabel('GPU time of a step, ms', fontsize=8.5)
+    ax.tick_params(axis='x', labelsize=8); ax.grid(axis='x', which='both', lw=.3, alpha=.5)
+    for sp in ('top','right'): ax.spines[sp].set_visible(False)
 
 def plot(out, path):
     import matplotlib
     matplotlib.use('agg')
     import matplotlib.pyplot as plt
     from fastxtend_opt.tools.bench.models import list_models
-    from fastxtend_opt.tools.bench.report import colors, markers
     rows = [r for r in out['rows'] if r['dtype']=='float32']
     opts,titles = list(dict.fromkeys(r['optimizer'] for r in rows)),{**list_models(), 'matrices':'16 matrices, 1e9'}
     models = [m for m in MODELS if any(r['model']==m for r in rows)]
     n = min(4, len(opts))
-    fig,axs = plt.subplots(-(-len(opts)//n), n, figsize=(4.2*n, (.9+.36*len(models))*(-(-len(opts)//n))), squeeze=False, layout='constrained', sharey=True)
+    lines = -(-len(opts)//n)
+    fig,axs = plt.subplots(lines, n, figsize=(4.2*n, (.9+.36*len(models))*lines), squeeze=False, layout='constrained', sharey=True)
     seen = {}
     for ax,o in zip(axs.flat, opts):
-        for y,m in enumerate(models):
-            for r in (r for r in rows if (r['optimizer'],r['model'])==(o,m)):
-                own = r['lib']=='fastxtend_opt'
-                seen.setdefault(r['contestant'], ax.plot(r['gpu_ms'], y, markers.get(r['mode'],'P'), color=colors.get(r['lib'],'#17becf'), ms=8 if own else 5.5, mec='white', mew=.6, zorder=3+own)[0])
-            least = [r['bytes']/out['machine']['copy_gbps']/1e6 for r in rows if (r['optimizer'],r['model'],r['contestant'])==(o,m,'fastxtend_opt fused')]
-            if least: seen.setdefault('its bytes at copy bandwidth', ax.plot([least[0]]*2, [y-.38,y+.38], color='black', lw=1.6, zorder=1)[0])
-        ax.set_xscale('log'); ax.set_yticks(range(len(models)), [titles.get(m, m) for m in models], fontsize=8.5); ax.set_title(o, fontsize=10); ax.set_xlabel('GPU time of a step, ms', fontsize=8.5)
-        ax.tick_params(axis='x', labelsize=8); ax.grid(axis='x', which='both', lw=.3, alpha=.5)
-        for sp in ('top','right'): ax.spines[sp].set_visible(False)
+        plot_optimizer(ax, out, [r for r in rows if r['optimizer']==o], models, seen)
+        ax.set_yticks(range(len(models)), [titles.get(m, m) for m in models], fontsize=8.5)
+        ax.set_title(o, fontsize=10)
     axs[0,0].invert_yaxis()
     for ax in list(axs.flat)[len(opts):]: ax.axis('off')
     fig.legend(list(seen.values()), list(seen), loc='outside lower center', ncols=5, fontsize=8, frameon=False)
@@ -511,7 +382,7 @@ def plot(out, path):
     fig.savefig(path, dpi=100)
 
 def child(a, start):
-    "One part, in a process of its own; what it has is written after each case"
+    "Run one part in this process; write its results after each case"
     part,path = a.child.split(':', 1)
     out = json.loads(Path(path).read_text())
     dev = Interpreter() if a.interpret else Cuda()
@@ -535,7 +406,7 @@ def main():
     if a.probe: return probe(a.probe, 'cpu' if a.interpret else 'cuda')
     start = float(os.environ.setdefault('GPU_BENCH_START', str(time.time())))
     if a.child: return child(a, start)
-    if not a.interpret: Cuda() # or say at once that there is none
+    if not a.interpret: Cuda() # ends here if there is none
     a.out.mkdir(parents=True, exist_ok=True)
     path,failed = a.out/'gpu.json',False
     path.write_text(json.dumps(dict(format=1, kind='gpu', machine=None, rounds=a.rounds, rows=[], missing=[], not_run=[]))+'\n')
@@ -543,9 +414,9 @@ def main():
         if part not in a.parts: continue
         limit = SHARE[part]*a.minutes*60 - (time.time()-start) + 15
         try: rc = subprocess.run([sys.executable, __file__, *sys.argv[1:], '--child', f'{part}:{path}'], timeout=max(limit, 20)).returncode
-        except subprocess.TimeoutExpired: rc = 'stopped at its time'
+        except subprocess.TimeoutExpired: rc = 'no result in its time'
         out = json.loads(path.read_text())
-        if rc: out['not_run'].append(f'{part}: the process ended with {rc}; what it had is kept'); failed = True
+        if rc: out['not_run'].append(f'{part}: the process ended with {rc}; its results so far are kept'); failed = True
         out['seconds'] = time.time()-start
         path.write_text(json.dumps(out, indent=1)+'\n')
         if out['machine']: (a.out/'gpu.md').write_text(report(out))

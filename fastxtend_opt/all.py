@@ -10,6 +10,8 @@ from .engine.transforms import *
 from .engine.trace import *
 from .engine.effects import *
 from .engine.opaque import *
+from .engine.cut import *
+from .engine.cut_run import *
 from .engine.cohort import *
 from .engine.foreach import *
 from .engine.torchscript import *

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import pytest
+from test_docments import INTERNAL
 
 root = Path(__file__).resolve().parent.parent
 pytest.importorskip('pypandoc')
@@ -132,7 +133,7 @@ def _parameter_rows(text):
 def _parameters(o):
     "Names of the parameters that a page has to explain: those of functions, and of classes with a constructor of their own"
     own = '__init__' in vars(o) and not dataclasses.is_dataclass(o) if inspect.isclass(o) else inspect.isfunction(o)
-    if not own: return []
+    if not own or o.__name__ in INTERNAL: return []
     return [p.name for p in inspect.signature(o).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 @pytest.mark.parametrize('src', modules)

@@ -1,9 +1,10 @@
 """The fused mode on a GPU, as far as it can be tested without one. The matrix runs every optimizer through Triton's interpreter (mode
 'triton'); here are the backend's choice and its refusals, torch's AMP, the bookkeeping of a launch, and that the text of every kernel
 compiles for a real GPU, with vector loads."""
-import contextlib,json,os,subprocess,sys
+import contextlib,importlib.util,json,os,subprocess,sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np,pytest,torch
 from fastai.optimizer import Optimizer,sgd_step,weight_decay
@@ -408,6 +409,38 @@ def test_gpu_bench_in_small(tmp_path):
     if torch.cuda.is_available(): return
     res = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=100)
     assert res.returncode and 'no CUDA or ROCm device' in res.stderr and '--interpret' in res.stderr
+
+def gpu_script():
+    "bench/gpu.py as a module"
+    spec = importlib.util.spec_from_file_location('gpu', Path(__file__).parent.parent/'bench'/'gpu.py')
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    return gpu
+
+@pytest.mark.parametrize('words,notes', [
+    (('adahessian float32','adahessian bfloat16','adahessian no','layouts','mixed','adam GradScaler in'), ['']*6),
+    (('apollo float32','clion bfloat16'), ['within the noise of native']*2)], ids=['adahessian','noise'])
+def test_gpu_bench_checks_that_need_care(words, notes, monkeypatch):
+    """AdaHessian has no training loop there. Apollo in float32 and C-Lion in bfloat16 amplify the last bit: without an allowance for it,
+    which is native's own noise, they fail"""
+    monkeypatch.setenv(BACKEND, 'triton')
+    gpu = gpu_script()
+    out = dict(save=lambda: None, not_run=[])
+    gpu.part_correct(SimpleNamespace(checks=words), gpu.Interpreter(), out, lambda: 100)
+    assert [c['note'] for c in out['correct']]==notes and all(c['ok'] for c in out['correct']), out['correct']
+
+def test_gpu_bench_checks_notice_errors(monkeypatch):
+    "The allowance for noise hides neither a wrong rate nor an element that takes another step"
+    monkeypatch.setenv(BACKEND, 'triton')
+    gpu_script()
+    import gpu_checks
+    step = gpu_checks.Checks.float32_step
+    for wrong in (dict(lr=.0101), dict(beta1=.89)):
+        def other(self, name, params, state, nudge=0.):
+            return step(self, name, params, {**state, 'hypers': [{**h, **wrong} for h in state['hypers']]}, nudge)
+        monkeypatch.setattr(gpu_checks.Checks, 'float32_step', other)
+        with pytest.raises(AssertionError, match='ulp apart'):
+            gpu_checks.Checks(SimpleNamespace(device='cpu')).rounds_once('clion', torch.bfloat16)
 
 @pytest.mark.slow
 def test_gpu_bench_checks(tmp_path):

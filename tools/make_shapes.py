@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Read the parameter shapes of the benchmark's models off the models themselves: writes fastxtend_opt/tools/data/shapes.json
+"""Write the parameter shapes of the benchmark's models to fastxtend_opt/tools/data/shapes.json.
 
     python tools/make_shapes.py [--out FILE]
 
@@ -17,7 +17,7 @@ OUT = Path(__file__).resolve().parents[1]/'fastxtend_opt/tools/data/shapes.json'
 
 
 def rows(model, group):
-    "One `(group, decay, shape)` a parameter: `group` maps a parameter's name to its layer group"
+    "One `(group, decay, shape)` per parameter: `group` maps a parameter's name to its layer group"
     from fastai.torch_core import norm_types
     from torch import nn
     norms = {id(p) for m in model.modules() if isinstance(m, (norm_types, nn.GroupNorm)) for p in m.parameters(recurse=False)}

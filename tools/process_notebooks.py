@@ -29,7 +29,7 @@ def main(argv=None):
     # in this process: torch and fastai are imported once, which takes a third of the time of worker processes
     try: return proc_nbs(n_workers=0, force=args.force)
     except Exception as e:
-        sys.exit(f"{e}\n\nThe documentation runs only cells that export, cells with an import, and show_doc. A cell with an import that needs "
-                 "names from an ordinary cell fails here: move the import to a cell of its own.")
+        sys.exit(f"{e}\n\nThe documentation runs only cells that export, cells with an import, and show_doc. A cell with an import that "
+                 "needs names from an ordinary cell fails here: move the import to a separate cell.")
 
 if __name__=='__main__': print(f'processed notebooks are in {main()}')

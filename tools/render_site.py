@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Render the processed notebooks (_proc/, see process_notebooks.py) to a static site with pandoc, which is inside the wheel of pypandoc-binary.
+"""Render the processed notebooks (_proc/, see process_notebooks.py) to a static site with pandoc, which pypandoc-binary contains.
 
-_quarto.yml is the definition of the site; this reads its sidebar, so that the site can be built, and checked, without Quarto.
-Refuses to finish, naming every fault, if the sidebar names a page that does not exist, a page is missing from the sidebar, a link or an
-image inside the site leads nowhere, or a cell's output is an error."""
+_quarto.yml defines the site. This script reads its sidebar, so that you can build and check the site without Quarto. It lists all faults
+and fails if the sidebar names a page that does not exist, a page is missing from the sidebar, a link or an image inside the site is dead,
+or a cell's output is an error."""
 import argparse, base64, html, json, posixpath, re, shutil, sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +12,20 @@ import pypandoc, yaml
 
 root = Path(__file__).resolve().parent.parent
 markdown = ('markdown+autolink_bare_uris+tex_math_single_backslash+lists_without_preceding_blankline'
-            '-blank_before_header-blank_before_blockquote')   # what notebooks (CommonMark) and Quarto both understand
+            '-blank_before_header-blank_before_blockquote')   # common ground of notebooks (CommonMark) and Quarto
 
 class SiteError(Exception):
-    "All the faults found, a line each"
+    "All faults, one per line"
     def __init__(self, faults): super().__init__('\n'.join(faults)); self.faults = faults
 
 @dataclass
 class Page:
-    src: str                                   # path within nbs/, with suffix .ipynb
-    out: str                                   # path within the site
+    src: str                                   # path in nbs/, with suffix .ipynb
+    out: str                                   # path in the site
     title: str
     description: str = ''
     md: str = ''
-    chunks: list = field(default_factory=list) # raw HTML put in after pandoc
+    chunks: list = field(default_factory=list) # raw HTML, inserted after pandoc
     files: dict = field(default_factory=dict)  # name -> bytes
     body: str = ''
     headings: list = field(default_factory=list)
@@ -33,7 +33,7 @@ class Page:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 def sidebar(cfg, names=None):
-    "`[(section or None, [src, ...]), ...]` from the website.sidebar of _quarto.yml; pages with a `text` of their own are put in `names`"
+    "`[(section or None, [src, ...]), ...]` from the website.sidebar of _quarto.yml; adds the `text` that it gives a page to `names`"
     side = cfg['website']['sidebar']
     if isinstance(side, list): side = side[0]
     res = []
@@ -49,7 +49,7 @@ def sidebar(cfg, names=None):
     return res
 
 def _options(source):
-    "Quarto's `#| key: value` lines at the head of a cell, and the rest of it"
+    "Quarto's `#| key: value` lines at the start of a cell, and the other lines"
     opts, lines = {}, source.splitlines()
     while lines and re.match(r'#\s*\|', lines[0]):
         k, _, v = re.sub(r'^#\s*\|\s*', '', lines.pop(0)).partition(':')
@@ -58,21 +58,23 @@ def _options(source):
 
 def _text(o): return ''.join(o) if isinstance(o, list) else o or ''
 _ansi = re.compile(r'\x1b\[[0-9;?]*[A-Za-z]')
-def _plain(s): return html.escape(_ansi.sub('', '\n'.join(l.rsplit('\r', 1)[-1] for l in s.rstrip('\n').split('\n'))), quote=False)
+def _plain(s):
+    "Escaped text without color codes; of a line that was overwritten, its last state"
+    return html.escape(_ansi.sub('', '\n'.join(l.rsplit('\r', 1)[-1] for l in s.rstrip('\n').split('\n'))), quote=False)
 
 def _width(png):
-    "The width that matplotlib meant, in CSS pixels (96 an inch), from the PNG's own resolution: notebooks keep pictures at twice their size"
+    "The width in CSS pixels (96 per inch) from a PNG's resolution: notebooks store pictures at twice their size"
     i = png.find(b'pHYs')
     if i<0 or png[i+12]!=1: return ''
     px,per_metre = int.from_bytes(png[16:20], 'big'), int.from_bytes(png[i+4:i+8], 'big')
     return f' width="{round(px/per_metre/.0254*96)}"'
 
 def _pre(txt, cls=''):
-    wrap = ' wrap' if txt.count('\n')<4 else ''                          # a message is wrapped, a table scrolls
+    wrap = ' wrap' if txt.count('\n')<4 else ''                          # wrap a message, let a table scroll
     return f'<pre class="output{wrap}{cls}"><code>{txt}</code></pre>'
 
 def _output(page, o, opts):
-    "One output of a cell, as markdown; HTML and pictures go by way of `page.chunks`"
+    "One output of a cell as markdown; HTML and pictures go into `page.chunks`"
     def raw(s):
         page.chunks.append(s)
         return f'\n```{{=html}}\n<!--chunk:{len(page.chunks)-1}-->\n```\n'
@@ -91,7 +93,7 @@ def _output(page, o, opts):
         width = _width(page.files[name]) if ext=='png' else ''
         return raw(f'<figure><img src="files/{name}" alt="{html.escape(alt)}"{width} loading="lazy">{cap}</figure>')
     if 'text/html' in data:
-        # a table's own script and style are kept; what pandas puts beside every frame, and a progress bar, is not the site's
+        # keep the script and style of a table, remove those of pandas and of progress bars
         txt = re.sub(r'<style scoped>.*?</style>|<style>[^<]*progress[^<]*</style>', '', _text(data['text/html']), flags=re.S|re.I).strip()
         return raw(f'<div class="output html">{txt}</div>') if txt else ''
     if 'text/markdown' in data: return f"\n{_text(data['text/markdown'])}\n"
@@ -114,7 +116,8 @@ def read_page(proc, path, faults):
         s = _text(cell.get('source'))
         if cell['cell_type']=='markdown' and s.strip() and not s.startswith('<!-- WARNING'): parts.append(s)
         elif cell['cell_type']=='code': page_cell(page, cell, s, parts, faults)
-    page.md = re.sub(r'\n(:{3,})[ \t]*(?=\n|$)', r'\n\n\1', '\n\n'.join(parts))   # or the last paragraph of a callout is no paragraph
+    # a blank line before the end of a callout, so that its last paragraph becomes one
+    page.md = re.sub(r'\n(:{3,})[ \t]*(?=\n|$)', r'\n\n\1', '\n\n'.join(parts))
     return page
 
 def page_cell(page, cell, s, parts, faults):
@@ -126,16 +129,17 @@ def page_cell(page, cell, s, parts, faults):
     sd = bool(re.match(r'\s*(nbdev\.showdoc\.)?show_doc\(', code))
     if opts.get('echo') is not False and code and not sd:
         block = f'```python\n{code}\n```'
-        if opts.get('code-fold'): block = f'<details class="fold"><summary>{opts.get("code-summary", "Code")}</summary>\n\n{block}\n\n</details>'
+        if opts.get('code-fold'):
+            block = f'<details class="fold"><summary>{opts.get("code-summary", "Code")}</summary>\n\n{block}\n\n</details>'
         parts.append(block)
     if opts.get('output') is False: return
     out = ''.join(_output(page, o, opts) for o in cell.get('outputs', []) if o['output_type']!='error')
     if not out.strip(): return
     if sd: out = _document(re.sub(r'^\s*---\s*\n', '\n', out))
-    tag = lambda t: f'\n```{{=html}}\n{t}\n```\n'   # not a fenced div: pandoc would take the id of a heading that opens it
+    tag = lambda t: f'\n```{{=html}}\n{t}\n```\n'   # a fenced div would take over the id of a heading at its start
     parts.append(tag(f'<div class="{"doc" if sd else "outputs"}">') + f'\n{out}\n' + tag('</div>'))
 
-# --- signatures: show_doc puts each parameter's docment in a comment, which is too wide for a page; here it becomes a table ------
+# --- signatures: show_doc puts docments into comments, which are too wide for a page; this makes a table of them -----------------
 
 _signature = re.compile(r'```python\n(?P<head>(?:async )?(?:def|class) [^\n]*\()\n(?P<params>.*?)\n(?P<tail>\)[^\n]*)\n```', re.S)
 _param = re.compile(r'^    (?P<name>\*{0,2}\w+|/|\*)(?P<rest>.*)$')
@@ -152,7 +156,7 @@ def _split(rest):
     return typ.lstrip(':').strip(), dflt.strip(), doc.strip()
 
 def _document(md):
-    "The markdown of a `show_doc`: signature in brief, docstring, table of the parameters"
+    "The markdown of a `show_doc`: short signature, docstring, table of parameters"
     m = _signature.search(md)
     if not m: return md
     sig,table = _sig_table(m)
@@ -176,7 +180,9 @@ def _sig_table(m):
     code = lambda s: f'`{s}`' if s else ''
     cell = lambda s: s.replace('|', '\\|')
     typ = lambda s: f'<code>{html.escape(s).replace("|", "&#124;")}</code>' if s else ''
-    body = [f'| {code(n)} | {typ(t)} | {typ(d)} | {cell(doc)} |' for n,t,d,doc in rows if n not in '/*' and (t or d or doc or n[0]!='*')]
+    # without a docment *args and **kwargs need no row
+    body = [f'| {code(n)} | {typ(t)} | {typ(d)} | {cell(doc)} |'
+            for n,t,d,doc in rows if n not in '/*' and (t or d or doc or n[0]!='*')]
     if retdoc: body.append(f"| *returns* | {typ(ret.rstrip(': ').partition('->')[2].strip())} | | {cell(retdoc.strip())} |")
     return sig,'| | type | default | |\n|---|---|---|---|\n' + '\n'.join(body)
 
@@ -209,23 +215,24 @@ def render_body(page):
         if not i: return m.group(0)
         page.headings.append((lvl, i.group(1), _strip(txt)))
         return f'<h{lvl}{attrs}>{txt}<a class="anchor" href="#{i.group(1)}" aria-label="Link to this section">#</a></h{lvl}>'
-    body = re.sub(r'<colgroup>.*?</colgroup>', '', body, flags=re.S)   # widths guessed from the source's dashes
+    body = re.sub(r'<colgroup>.*?</colgroup>', '', body, flags=re.S)   # pandoc guesses widths from the dashes of the source
     page.body = re.sub(r'<table\b.*?</table>', lambda m: f'<div class="table">{m.group(0)}</div>', _head.sub(heading, body), flags=re.S)
 
 class Links:
-    "Rewrites the links of a page to relative ones, and keeps what leads nowhere"
+    "Makes the links of a page relative, and notes dead ones"
     def __init__(self, pages, out, faults):
         self.by_src = {p.src: p.out for p in pages}
         self.ids = {p.out: ids(p.body) for p in pages}
         self.out, self.faults, self.sources = out, faults, {}
 
     def resolve(self, page, url):
-        "The link as it must stand in `page`; faults are noted"
+        "The relative link for `page`; notes a fault if it is dead"
         u = urlsplit(url)
         if u.scheme or u.netloc or url.startswith('data:'): return url
         if not u.path: path = page.out
         elif u.path.startswith('/blob/'): return self.source(page, u)
-        else: path = posixpath.normpath(u.path.lstrip('/') if u.path.startswith('/') else posixpath.join(posixpath.dirname(page.out), unquote(u.path)))
+        elif u.path.startswith('/'): path = posixpath.normpath(u.path.lstrip('/'))
+        else: path = posixpath.normpath(posixpath.join(posixpath.dirname(page.out), unquote(u.path)))
         if path.endswith('.ipynb'):
             if path not in self.by_src: return self.dead(page, url)
             path = self.by_src[path]
@@ -236,12 +243,14 @@ class Links:
         return rel + (f'#{u.fragment}' if u.fragment else '')
 
     def source(self, page, u):
-        "A link to the repository's file becomes a link to a page with its text"
+        "Replace a link to a file of the repository by one to a page with its text"
         name = u.path.split('/', 3)[3]
         if not (root/name).is_file(): return self.dead(page, u.geturl())
         out = f'source/{name}.html'
         if name not in self.sources:
-            self.sources[name] = Page(name, out, name, body=to_html(f'~~~~~~~~~~ {{#L .python .numberLines .lineAnchors}}\n{(root/name).read_text(encoding="utf-8")}\n~~~~~~~~~~\n'))
+            text = (root/name).read_text(encoding='utf-8')
+            body = to_html(f'~~~~~~~~~~ {{#L .python .numberLines .lineAnchors}}\n{text}\n~~~~~~~~~~\n')
+            self.sources[name] = Page(name, out, name, body=body)
         frag = f'#L-{u.fragment[1:]}' if u.fragment.startswith('L') else ''
         return posixpath.relpath(out, posixpath.dirname(page.out) or '.')+frag
 
@@ -274,8 +283,10 @@ def toc_html(page):
 def full_html(site, page, nav, names, pages, order, wide=False):
     "The whole document of a page"
     i = order.index(page.src) if page.src in order else None
-    near = lambda j,cls,word: (f'<a class="{cls}" href="{rel(page, pages[order[j]].out)}"><span>{word}</span>{html.escape(names.get(order[j], pages[order[j]].title))}</a>'
-        if i is not None and 0<=j<len(order) else '<span></span>')
+    def near(j, cls, word):
+        if i is None or not 0<=j<len(order): return '<span></span>'
+        other = pages[order[j]]
+        return f'<a class="{cls}" href="{rel(page, other.out)}"><span>{word}</span>{html.escape(names.get(order[j], other.title))}</a>'
     esc = html.escape
     title = site['title'] if page.out=='index.html' else f"{page.title} – {site['title']}"
     desc = re.sub('`([^`]+)`', r'<code>\1</code>', f'<p class="lead">{esc(page.description)}</p>') if page.description else ''
@@ -292,7 +303,8 @@ def full_html(site, page, nav, names, pages, order, wide=False):
 </head>
 <body>
 <a class="skip" href="#main">Skip to the text</a>
-<header class="top"><a class="brand" href="{rel(page, 'index.html')}">{esc(site['title'])}</a><span class="version">{esc(site['version'])}</span>
+<header class="top"><a class="brand" href="{rel(page, 'index.html')}">{esc(site['title'])}</a>
+<span class="version">{esc(site['version'])}</span>
 <label class="menu" for="menu">Menu</label></header>
 <input type="checkbox" id="menu" aria-label="Show the list of pages">
 <div class="frame{' wide' if wide else ''}">
@@ -312,7 +324,7 @@ def full_html(site, page, nav, names, pages, order, wide=False):
 '''
 
 def render(proc, out, quarto_yml=root/'_quarto.yml', settings=root/'settings.ini'):
-    "Render every notebook of `proc` into the folder `out`; returns the pages in the sidebar's order, raises `SiteError` with all faults"
+    "Render the notebooks of `proc` into the folder `out`: the pages in the sidebar's order. Raises `SiteError` with all faults"
     from configparser import ConfigParser
     proc, out, faults = Path(proc), Path(out), []
     ini = ConfigParser(delimiters=['='])
@@ -358,12 +370,12 @@ def render(proc, out, quarto_yml=root/'_quarto.yml', settings=root/'settings.ini
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument('--proc', default=root/'_proc', type=Path, help='folder with the processed notebooks')
-    ap.add_argument('--out', default=root/'_site_preview', type=Path, help='folder to write the site to (emptied first)')
+    ap.add_argument('--out', default=root/'_site_preview', type=Path, help='folder of the site (emptied first)')
     args = ap.parse_args(argv)
     try: pages = render(args.proc, args.out)
     except SiteError as e:
         print(f'{len(e.faults)} fault(s) in the documentation:\n{e}', file=sys.stderr)
         return 1
-    print(f'{len(pages)} pages in {args.out}; look at them with: python -m http.server -d {args.out}')
+    print(f'{len(pages)} pages in {args.out}; view them with: python -m http.server -d {args.out}')
 
 if __name__=='__main__': sys.exit(main())

@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-# fastai 2.8.5 is the first version that allows torch 2.9. Triton 3.6 and older can't interpret kernels with numpy 2.4; Colab has numpy 2.0
+# fastai 2.8.5 is the first version that allows torch 2.9. Triton 3.6's interpreter fails with numpy 2.4 or newer; Colab has numpy 2.0.2
 corners = dict(oldest=('3.10.13','2.9.1','2.8.5','1.8.0'), colab=('3.12.1','2.11.0','2.8.7','1.13.10','numpy==2.0.2'),
                newest=('3.13.0','-','-','-'), default=('3.11.7','-','-','-'))
 packages = ('torch','fastai','fastcore','numpy')

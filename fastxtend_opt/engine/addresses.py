@@ -51,7 +51,8 @@ def fused_sort(
     st # Its state; not used
 ):
     "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
-    if not flat_layout(p) or (p.numel() and not (p.data_ptr() and g.data_ptr())): return 'foreach'
+    # torch 2.11 and older raise for the address of a sparse tensor, newer ones give 0
+    if not flat_layout(p) or g.layout!=torch.strided or (p.numel() and not (p.data_ptr() and g.data_ptr())): return 'foreach'
     return 'flat' if g.stride() == p.stride() or (p.is_contiguous() and g.is_contiguous()) else 'copy'
 
 def aligned_addresses(
