@@ -7,9 +7,9 @@ __all__ = ['as_groups', 'in_use']
 
 # %% ../../nbs/definition/groups.ipynb #c5aa69ae
 import numpy as np
-import torch
 from torch import Tensor, nn
 from fastcore.all import is_listy, is_iter
+from ..optimizer.checks import check_params
 
 # %% ../../nbs/definition/groups.ipynb #01354b80
 def _is_pair(o): return isinstance(o, tuple) and len(o)==2 and isinstance(o[0], str)
@@ -30,19 +30,6 @@ def _as_group(g, i):
     if len(g.get('param_names', g['params']))!=len(g['params']): raise ValueError(f"Parameter group {i} has {len(g['params'])} parameters and {len(g['param_names'])} names in 'param_names'.")
     return g
 
-# %% ../../nbs/definition/groups.ipynb #3b73b442
-def _check_param(p, where, seen):
-    if not isinstance(p, Tensor):
-        tip = 'Pass model.parameters().' if isinstance(p, nn.Module) else 'Pass pairs (name, parameter), or parameters.' if isinstance(p, (str,tuple)) else ''
-        raise TypeError(f"{where} is a {type(p).__name__}, not a parameter. {tip}".strip())
-    if p.is_complex(): raise NotImplementedError(f"{where} is complex ({p.dtype}), and complex parameters are not supported: pass torch.view_as_real(p).")
-    if not p.is_leaf and not p.retains_grad:
-        raise ValueError(f"{where} is the result of a computation and never gets a gradient: pass a leaf, such as a Parameter.")
-    if id(p) in seen:
-        raise ValueError(f"The same parameter (shape {tuple(p.shape)}) is at {seen[id(p)]} and at {where}: it would be stepped twice. "
-                         "Pass it once.")
-    seen[id(p)] = where
-
 # %% ../../nbs/definition/groups.ipynb #6f3db7f2
 def as_groups(
     params # Parameters: an iterable of tensors, of iterables (a group each), or of dicts as torch.optim takes them; in the place of a tensor, (name, tensor)
@@ -54,10 +41,7 @@ def as_groups(
     if any(map(_is_pair, items)): grouped = [False]
     if any(grouped) and not all(grouped): raise ValueError("params mixes parameters and groups of parameters: pass either, not both.")
     groups = [_as_group(o, i) for i,o in enumerate(items)] if all(grouped) else [_named(dict(params=items))]
-    seen = {}
-    for i,g in enumerate(groups):
-        for j,p in enumerate(g['params']): _check_param(p, f"params[{j}]" if len(groups)==1 else f"params[{j}] of group {i}", seen)
-    if not seen: raise ValueError("params is empty: there is nothing to optimize. Is the generator used up, or is every layer frozen?")
+    check_params([g['params'] for g in groups])
     return groups
 
 # %% ../../nbs/definition/groups.ipynb #3099e91b
