@@ -271,7 +271,7 @@ def keep_gradients(
 
 # %% ../../nbs/training/gradient_release.ipynb #041afb74
 class UndoneCallback(Callback):
-    "A callback that undoes its changes to optimizer or model (in `_undo`) when it is removed from its `Learner`, also by an exception"
+    "A callback that undoes its changes to optimizer or model (kept in _undo) when it is removed from its `Learner`, also by an exception"
     @property
     def learn(self): return self.__dict__.get('learn')
     @learn.setter
