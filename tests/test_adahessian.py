@@ -10,6 +10,7 @@ from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.learner import Callback
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from fastxtend_opt.algorithms.adahessian import AdaHessian,AdaHessianPass,adahessian,estimate_hessian,hessian_due,hutchinson
 from fastxtend_opt.algorithms.adam import adam
@@ -338,3 +339,10 @@ def test_memory_of_a_training_is_flat():
         learn.fit(40, .01)
         sizes.append(rss())
     assert sizes[1]-sizes[0] < 60e6
+
+def test_refuses_ddp():
+    learn = learner(adahessian())
+    learn.create_opt()
+    cb = next(o for o in learn.cbs if isinstance(o, AdaHessianPass))
+    learn.model = DistributedDataParallel.__new__(DistributedDataParallel) # enough for `isinstance`
+    with pytest.raises(ValueError, match='DistributedDataParallel: gradients averaged'): cb.before_batch()

@@ -5,7 +5,9 @@ from functools import partial
 import pytest,torch
 from torch import nn
 from fastai.optimizer import average_grad,average_sqr_grad,l2_reg,momentum_step,step_stat,weight_decay
-from fastxtend_opt.engine.opaque import CutRun,CutTape,cut_tape,opaque
+from fastxtend_opt.engine.cut import CutTape,cut_tape
+from fastxtend_opt.engine.cut_run import CutRun
+from fastxtend_opt.engine.opaque import opaque
 from fastxtend_opt.engine.kinds import TapeSlot, UnsupportedError
 from fastxtend_opt.engine.trace import trace_steppers
 from fastxtend_opt.optimizer.fused import FusedOptimizer

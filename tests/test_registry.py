@@ -3,7 +3,7 @@ import inspect,math,pickle,re
 from functools import partial
 
 import numpy as np,pytest,torch
-from fastai.optimizer import Optimizer
+from fastai.optimizer import Optimizer,sgd_step
 from fastcore.all import L
 from fastcore.docments import docments
 from torch import nn
@@ -327,6 +327,24 @@ def test_refused_params(row, case, exc, words):
     ps = next(p for i,p,*_ in refused() if i==case)
     t,msg = outcome(lambda: row.func(ps, .1))
     assert t is exc and words in msg, msg
+
+DIRECT = ('empty','empty-groups','twice','two-groups','non-leaf','number','none')
+@pytest.mark.parametrize('case,exc,words', [o for o in REFUSED if o[0] in DIRECT], ids=DIRECT)
+@pytest.mark.parametrize('cls', [NativeOptimizer,ForEachOptimizer,JitOptimizer,FusedOptimizer])
+def test_classes_refuse_the_same(cls, case, exc, words):
+    "An optimizer that is made from steppers alone checks its parameters as the functions do"
+    ps = next(p for i,p,*_ in refused() if i==case)
+    t,msg = outcome(lambda: cls(ps, [sgd_step], lr=.1))
+    assert t is exc and words in msg, msg
+
+@pytest.mark.parametrize('make', [get_optimizer('sgd').func, lambda ps, lr: NativeOptimizer(ps, [sgd_step], lr=lr)])
+def test_complex_is_refused(make):
+    with pytest.raises(NotImplementedError, match=r'params\[0\] is complex .* pass torch.view_as_real'):
+        make([nn.Parameter(torch.zeros(2, dtype=torch.complex64))], .1)
+
+def test_names_are_as_many_as_parameters():
+    with pytest.raises(ValueError, match="Parameter group 0 has 2 parameters and 1 names in 'param_names'"):
+        as_groups([dict(params=params(), param_names=['w'])])
 
 def test_as_groups_is_idempotent():
     a,b = params()

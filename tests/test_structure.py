@@ -52,7 +52,7 @@ def upward(a, b):
     if room(a) in TOP: return room(b)==room(a)
     return room(b) in TOP or ROOMS.index(room(b))>ROOMS.index(room(a))
 
-KNOWN = {} # (importer, imported) -> what is still to be mended
+KNOWN = {} # (importer, imported): what is still to be mended
 LOADS = {('definition.registry','algorithms')} # `list_optimizers` imports everything in this folder to find the rows; it names no algorithm
 
 def test_every_module_has_a_room():

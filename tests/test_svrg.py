@@ -7,10 +7,12 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.schedule import lr_find
 from fastai.callback.training import GradientAccumulation,GradientClip
+from fastai.data.core import DataLoaders
 from fastai.learner import Callback
 from torch import nn
 from torch.amp import autocast
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from fastcore.all import L
 
 from fastxtend_opt.algorithms.adahessian import AdaHessian
@@ -158,7 +160,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match='gradient release: SAM and SVRG'): prepare_for_gradient_release(nn.Linear(2, 2), opt)
     other = nn.Parameter(torch.ones(4)); a = SVRG(SGD([other], .1)); other.grad = torch.ones(4)
     with a.snapshot() as add: other.sum().backward(); add(1)
-    with pytest.raises(ValueError, match='other shapes'): opt.load_state_dict(a.state_dict())
+    with pytest.raises(ValueError, match='different shapes'): opt.load_state_dict(a.state_dict())
     assert opt.snap_p is None
 
 # ---------------------------------------------------------------- in a Learner
@@ -302,3 +304,12 @@ def test_bfloat16_mixed_precision():
     (GradientRelease(), "can't work with GradientRelease|gradient release: SAM")], ids=['fp16','mixup','release'])
 def test_learner_refuses(cb, words):
     with pytest.raises(ValueError, match=words): fit(learner(svrg(sgd()), [cb]))
+
+def test_refuses_ddp_and_other_dataloaders():
+    learn = learner(svrg(sgd()))
+    learn.create_opt()
+    cb = next(o for o in learn.cbs if isinstance(o, SVRGPass))
+    learn.model = DistributedDataParallel.__new__(DistributedDataParallel) # enough for `isinstance`
+    with pytest.raises(ValueError, match='DistributedDataParallel: the pass over all data'): cb.before_train()
+    learn.dls = DataLoaders(*(torch.utils.data.DataLoader([(torch.ones(1),torch.ones(1))]) for _ in range(2)))
+    with pytest.raises(TypeError, match='needs a fastai DataLoader'): cb.before_fit()

@@ -17,109 +17,121 @@ __all__ = ['LowPrecision', 'trace_steppers']
 
 # %% ../../nbs/engine/trace.ipynb #8c4f46a7
 LowPrecision = namedtuple('LowPrecision', 'kahan rounding state seed') # How a parameter and its state are kept
-
-LowPrecision.__doc__ = "How a parameter and its state are kept: `kahan`: with what rounding took off beside it? `rounding`: stochastically rounded? `state`: dtype of new state (of a copy of the weights: at least float32). `seed`: of the rounding"
+LowPrecision.__doc__ = """How a parameter and its state are kept: `kahan`, whether with a compensation for rounding; `rounding`, whether the
+parameter is rounded stochastically; `state`, dtype of new state (at least float32 for a copy of the weights); `seed`, of the rounding"""
 
 # %% ../../nbs/engine/trace.ipynb #dd02bd4e
 def trace_steppers(
     cbs, # Steppers
     slots:tuple, # `TapeSlot`s of the parameter, its gradient and its state tensors
     state:dict, # State entries that are not tensors (`step`, `do_wd`)
-    hyper:dict, # Hyper-parameters
+    hyper:dict, # Hyperparameters
     device:torch.device=torch.device('cpu'), # Device of the parameters
-    shape:torch.Size|str|None=None, # Their shape, or `axes_of` it, where it matters to a stepper
-    low:LowPrecision|None=None, # How parameters and state are kept, if the step is to be taken in float32 whatever their dtype
+    shape:torch.Size|str|None=None, # Shape of the parameters, or their `axes_of`, if a stepper needs it
+    low:LowPrecision|None=None, # How to keep parameters and state if the step runs in float32; `None`: steppers see the slots' dtypes
     accumulate:bool=False, # Leave out the steppers that change the parameter?
-    anew:tuple=() # Names of state that the steppers don't see, because they make it anew in each step
+    anew:tuple=() # Names of state that steppers don't see, because they make it anew in each step
 ) -> tuple[Tape, dict]: # The tape, and the state entries that are not tensors as they are after the step
-    "Run `cbs` once on a stand-in and write down what they do"
+    "Run `cbs` once on stand-ins and record what they do"
     had = {s.name for s in slots}
-    if low and low.kahan and 'kahan_comp' not in had: slots = slots[:2] + tuple(sorted((*slots[2:], TapeSlot('kahan_comp', 'e', slots[0].dtype))))
+    if new_comp := low and low.kahan and 'kahan_comp' not in had:
+        slots = slots[:2] + tuple(sorted((*slots[2:], TapeSlot('kahan_comp', 'e', slots[0].dtype))))
     tape = Tape(slots, device, shape)
     if shape is None and any(s.kind not in ('e','s') and s.kind[0] != 'o' for s in slots): raise NeedsShape('axes')
     loads = [TapeTensor(tape, -i-1, s.kind, s.dtype) for i,s in enumerate(tape.slots)]
     if low: _widen(tape, loads, low)
     p,grad,*tensors = loads
     p._grad = grad
-    state = {**state, **{s.name:t for s,t in zip(tape.slots[2:], tensors) if s.name != 'kahan_comp' and s.name not in anew}}
-    start = [t.ref for t in loads]
+    seen = {s.name:t for s,t in zip(tape.slots[2:], tensors) if s.name != 'kahan_comp' and s.name not in anew}
+    state,start = {**state, **seen},[t.ref for t in loads]
     with torch._C._EnableTorchFunction(): # off in hooks of the backward pass of fastai's losses
         for i,cb in enumerate(cbs):
             tape.stepper = _name(cb)
             if accumulate: before = _before(tape, loads, state)
             new = cb(p, **{**state, **hyper})
-            if accumulate and p.ref != before[0][0][1]: _take_back(tape, *before); tape.skipped.append(i)
+            if accumulate and p.ref != before[0][0][1]: _undo(tape, *before); tape.skipped.append(i)
             elif isinstance(new, dict):
                 if low: tape.weights |= {k for k,v in new.items() if type(v) is TapeTensor and v.ref == start[0] and k not in had}
                 state.update(new)
     numbers = _finish(tape, loads, state, start, low)
-    if low and low.kahan and 'kahan_comp' not in had: tape.created['kahan_comp'] = ('e', tape.slots[0].dtype, 0.)
+    if new_comp: tape.created['kahan_comp'] = ('e', tape.slots[0].dtype, 0.)
     return tape, {**{k:v for k,v in state.items() if type(v) is not TapeTensor}, **numbers}
 
+# %% ../../nbs/engine/trace.ipynb #c562bb8b
 def _before(tape, loads, state):
-    "What a stepper can change: stand-ins, and the length of the tape"
-    return [(t, t.ref, t.dtype) for t in (*loads, *(v for v in state.values() if type(v) is TapeTensor))],len(tape.ops),len(tape.scalars)
+    "Everything that a stepper can change: the stand-ins' references and dtypes, and the length of the tape"
+    tensors = [(t, t.ref, t.dtype) for t in (*loads, *(v for v in state.values() if type(v) is TapeTensor))]
+    return tensors,len(tape.ops),len(tape.scalars)
 
-def _take_back(tape, tensors, ops, scalars):
+def _undo(tape, tensors, ops, scalars):
     for t,ref,dtype in tensors: t.ref,t.dtype = ref,dtype
     del tape.ops[ops:],tape.types[ops:],tape.scalars[scalars:]
 
+# %% ../../nbs/engine/trace.ipynb #615d2c4d
 def _finish(tape, loads, state, start, low):
-    "Work out what is stored, and which state tensors are new; numbers that the storing itself has changed"
-    names,owner = {s.name:i for i,s in enumerate(tape.slots)},{id(t):s.name for t,s in zip(loads, tape.slots)}
-    final = {i:t for i,t in enumerate(loads)}
-    seen = {}
-    for k,v in state.items():
-        if isinstance(v, torch.Tensor): tape.refuse(f"state '{k}'", "is a tensor made outside of the stepper's arguments (use torch.zeros_like(p) or p.clone())")
-        if type(v) is not TapeTensor: continue
-        if owner.get(id(v), k) != k or seen.setdefault(id(v), k) != k:
-            raise ValueError(f"a stepper returned state '{k}' that is the same tensor as '{owner.get(id(v)) or seen[id(v)]}': the next change of one would change the other. Return a `.clone()`.")
-        if k in names: final[names[k]] = v
-        else: tape.created[k] = v
-    keep = _Storing(tape, state, low)
+    "Set what `tape` stores and which state it creates; returns the numbers of the state that storing has changed"
+    final = _final_values(tape, loads, state)
+    keep,comp = _Storing(tape, state, low),{s.name:i for i,s in enumerate(tape.slots)}.get('kahan_comp')
     stores = []
     for i,t in final.items():
         s = tape.slots[i]
         if t.kind != s.kind and (s.kind != 'e' or t.kind != 's'):
-            tape.refuse(f"state '{s.name}'", 'changes from one value a parameter to a value an element' if s.kind == 's' and t.kind == 'e' else 'changes its shape')
+            grows = s.kind == 's' and t.kind == 'e'
+            tape.refuse(f"state '{s.name}'", 'changes from one value per parameter to one per element' if grows else 'changes its shape')
         if t.ref == start[i]: continue
         stores.append((i, keep(s, t).ref))
-        if i == 0 and low and low.kahan: stores.append((names['kahan_comp'], keep.rest(s, t).ref))
+        if i == 0 and low and low.kahan: stores.append((comp, keep.rest(s, t).ref))
     tape.stores = tuple(sorted(stores))
     if tape.created: _make_slots(tape, keep, low)
     return keep.numbers
+
+def _final_values(tape, loads, state):
+    "Index of each slot -> stand-in with its final value; state that has no slot goes into `tape.created`"
+    names,owner = {s.name:i for i,s in enumerate(tape.slots)},{id(t):s.name for t,s in zip(loads, tape.slots)}
+    final,seen = dict(enumerate(loads)),{}
+    for k,v in state.items():
+        if isinstance(v, torch.Tensor):
+            tape.refuse(f"state '{k}'", "is a tensor not made from the stepper's arguments (use torch.zeros_like(p) or p.clone())")
+        if type(v) is not TapeTensor: continue
+        if owner.get(id(v), k) != k or seen.setdefault(id(v), k) != k:
+            raise ValueError(f"a stepper returned state '{k}' that is the same tensor as '{owner.get(id(v)) or seen[id(v)]}', so a change "
+                "of one would change the other. Return a `.clone()`.")
+        if k in names: final[names[k]] = v
+        else: tape.created[k] = v
+    return final
 
 # %% ../../nbs/engine/trace.ipynb #8302022b
 _LOW = (torch.bfloat16, torch.float16)
 
 def _widen(tape, loads, low):
-    "Make the loads of low-precision slots float32, the parameter with its compensation"
+    "Convert the loads of low-precision slots to float32, and add the compensation to the parameter"
     comp = next((t for t,s in zip(loads, tape.slots) if s.name == 'kahan_comp'), None) if low.kahan else None
     for t in loads:
         if t.dtype in _LOW and t is not comp and t.kind[0] != 'o': t.ref,t.dtype = (w := t.to(torch.float32)).ref,w.dtype
     if comp is not None: loads[0].ref = (loads[0] + comp.to(torch.float32)).ref
 
+# %% ../../nbs/engine/trace.ipynb #9a14de2d
 class _Storing:
-    "How a value is brought to the dtype of its slot"
+    "Convert values to the dtypes of their slots"
     def __init__(self, tape, state, low):
         self.tape,self.low,self.numbers = tape,low,{}
         if low: self.seed,self.step = state.get('sr_seed', low.seed),state.get('sr_step', 0)
 
     def __call__(self, s, t):
+        "Value `t` in the dtype of slot `s`"
         if t.dtype is s.dtype: return t
-        if self.low and s.dtype is torch.bfloat16 and s.kind == 'e' and (self.low.rounding if s.name == 'p' else s.name != 'grad'): return self.sround(t, s.name)
+        stochastic = self.low and s.dtype is torch.bfloat16 and s.kind == 'e'
+        if stochastic and (self.low.rounding if s.name == 'p' else s.name != 'grad'): return self.sround(t, s.name)
         return t.to(s.dtype)
 
     def sround(self, t, name):
+        "Round `t` to bfloat16 stochastically"
         self.numbers = dict(sr_seed=self.seed, sr_step=(self.step+1) % 2**24)
-        return self._rounded(t, zlib.crc32(name.encode()) % 2**24)
-
-    def _rounded(self, t, salt):
-        r = self.tape.emit('sround_bfloat16', t, self.seed, self.step, salt)
+        r = self.tape.emit('sround_bfloat16', t, self.seed, self.step, zlib.crc32(name.encode()) % 2**24)
         r.dtype = torch.bfloat16; self.tape.types[-1] = (r.kind, r.dtype)
         return r
 
     def rest(self, s, t):
-        "What rounding to the dtype of `s` takes off"
+        "The error of rounding `t` to the dtype of slot `s`"
         r = t - t.to(s.dtype).to(torch.float32)
         return self.sround(r, 'kahan_comp') if s.dtype is torch.bfloat16 else r.to(s.dtype)

@@ -5,13 +5,14 @@
 # %% ../../nbs/optimizer/base.ipynb #85476d82
 from __future__ import annotations
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 import torch
 from fastcore.foundation import L
 from fastai.optimizer import Optimizer
 from ..engine.effects import averages_gradient
 from ..engine.kinds import UnsupportedError
 from ..engine.tape import _name
+from .checks import check_params
 from .passes import Between, check_hyper, dry_run
 from .state import check_state_dict, live_groups, plain_state, set_live_groups, state_for
 from .steppers import rule_cases, within_rule
@@ -23,13 +24,7 @@ __all__ = ['StepOptimizer']
 def _check_params(params):
     "`params` as an `L`, or an error that says why an optimizer can't step them"
     params = L(params)
-    if not len(params): raise ValueError("an optimizer needs at least one parameter, got an empty list")
-    ps = [p for o in params for p in (o if isinstance(o, (L,list)) else [o])]
-    for p in ps:
-        if not isinstance(p, torch.Tensor):
-            raise ValueError(f"an optimizer takes tensors (or lists of them), got a {type(p).__name__}: {str(p)[:80]}")
-    if any(n > 1 for n in Counter(map(id, ps)).values()):
-        raise ValueError("a parameter is given more than once: it would be stepped more than once")
+    check_params([L(o) for o in params] if params and isinstance(params[0], (L,list)) else [params])
     return params
 
 # %% ../../nbs/optimizer/base.ipynb #431b5e69

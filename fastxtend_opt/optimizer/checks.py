@@ -13,7 +13,31 @@ from ..engine.cohort import freed
 from .passes import dry_run
 
 # %% auto #0
-__all__ = ['is_plain', 'check_memory', 'trial_of', 'put_back']
+__all__ = ['check_params', 'is_plain', 'check_memory', 'trial_of', 'put_back']
+
+# %% ../../nbs/optimizer/checks.ipynb #eb7d57a7
+def _check_param(p, where, seen):
+    if not isinstance(p, torch.Tensor):
+        tip = ('Pass model.parameters().' if isinstance(p, torch.nn.Module) else
+               'Pass pairs (name, parameter), or parameters.' if isinstance(p, (str,tuple)) else '')
+        raise TypeError(f"{where} is a {type(p).__name__}, not a parameter. {tip}".strip())
+    if p.is_complex():
+        raise NotImplementedError(f"{where} is complex ({p.dtype}), and complex parameters are not supported: pass torch.view_as_real(p).")
+    if not p.is_leaf and not p.retains_grad:
+        raise ValueError(f"{where} is the result of a computation and never gets a gradient: pass a leaf, such as a Parameter.")
+    if id(p) in seen:
+        raise ValueError(f"The same parameter (shape {tuple(p.shape)}) is at {seen[id(p)]} and at {where}: it would be stepped twice. "
+                         "Pass it once.")
+    seen[id(p)] = where
+
+def check_params(
+    lists # Parameters, a list per group
+):
+    "Raise an error that names the parameter that can't be optimized, and says why"
+    seen = {}
+    for i,pg in enumerate(lists):
+        for j,p in enumerate(pg): _check_param(p, f"params[{j}]" if len(lists)==1 else f"params[{j}] of group {i}", seen)
+    if not seen: raise ValueError("params is empty: there is nothing to optimize. Is the generator used up, or is every layer frozen?")
 
 # %% ../../nbs/optimizer/checks.ipynb #944d32b9
 _PLAIN = {torch.Tensor, torch.nn.Parameter}

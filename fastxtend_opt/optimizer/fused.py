@@ -12,7 +12,8 @@ from ..engine.addresses import AddressTable, aligned_addresses, fused_sort, Part
 from ..engine.cpp import cpp_kernel
 from ..engine.foreach import run_foreach
 from ..engine.launch import AxesLaunch, KernelLaunch
-from ..engine.opaque import cut_tape, CutRun
+from ..engine.cut import cut_tape
+from ..engine.cut_run import CutRun
 from ..engine.kinds import UnsupportedError
 from ..engine.transforms import collapse_axes, widen_tape
 from ..engine.triton import triton_interpreted, triton_kernel

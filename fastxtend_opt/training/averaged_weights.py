@@ -85,8 +85,8 @@ class ScheduleFreeOptimizer:
     def _check_step(self):
         "Raise if the averaged weights are in the parameters"
         if self._averaged:
-            raise RuntimeError("A schedule-free optimizer was asked to step while the averaged weights are in the model. Their gradients are "
-                               "not those of the training weights. Call opt.train() before the training batches, opt.eval() before you "
+            raise RuntimeError("A schedule-free optimizer was asked to step while the averaged weights are in the model. Their gradients "
+                               "are not those of the training weights. Call opt.train() before the training batches, opt.eval() before you "
                                "evaluate or save.")
 
     def clear_state(self):
@@ -126,8 +126,8 @@ def as_schedule_free(
     "Give `opt` the methods of `ScheduleFreeOptimizer`"
     for v in (h[key] for h in opt.hypers):
         if not 0 < v < 1:
-            raise ValueError(f"beta={v!r} is out of range: it must be a finite number in (0, 1). It is the share of the averaged weights in "
-                             "the training weights, usually 0.9 to 0.98.")
+            raise ValueError(f"beta={v!r} is out of range: it must be a finite number in (0, 1). It is the share of the averaged weights "
+                             "in the training weights, usually 0.9 to 0.98.")
     opt.__class__ = schedule_free_classes[type(opt)]
     return opt
 
