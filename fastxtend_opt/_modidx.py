@@ -1377,6 +1377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'fastxtend_opt/engine/trace.py'),
                                             'fastxtend_opt.engine.trace._Storing.__init__': ( 'engine/trace.html#_storing.__init__',
                                                                                               'fastxtend_opt/engine/trace.py'),
+                                            'fastxtend_opt.engine.trace._Storing._rounded': ( 'engine/trace.html#_storing._rounded',
+                                                                                              'fastxtend_opt/engine/trace.py'),
                                             'fastxtend_opt.engine.trace._Storing.rest': ( 'engine/trace.html#_storing.rest',
                                                                                           'fastxtend_opt/engine/trace.py'),
                                             'fastxtend_opt.engine.trace._Storing.sround': ( 'engine/trace.html#_storing.sround',

@@ -127,7 +127,10 @@ class _Storing:
     def sround(self, t, name):
         "Round `t` to bfloat16 stochastically"
         self.numbers = dict(sr_seed=self.seed, sr_step=(self.step+1) % 2**24)
-        r = self.tape.emit('sround_bfloat16', t, self.seed, self.step, zlib.crc32(name.encode()) % 2**24)
+        return self._rounded(t, zlib.crc32(name.encode()) % 2**24)
+
+    def _rounded(self, t, salt):
+        r = self.tape.emit('sround_bfloat16', t, self.seed, self.step, salt)
         r.dtype = torch.bfloat16; self.tape.types[-1] = (r.kind, r.dtype)
         return r
 
