@@ -225,7 +225,7 @@ def test_without_max_lr_a_step_fails_and_changes_nothing(mode):
     plain,opt = Adam(two_groups(copy_params(p)), .1),Adam(two_groups(p), .1, decouple_lr=True, wd=WD, **flags(mode))
     opt.load_state_dict(plain.state_dict())
     GradStream().set(p, 0)
-    with unchanged(p, opt), pytest.raises(ValueError, match="needs the hyper-parameter 'max_lr'"): opt.step()
+    with unchanged(p, opt), pytest.raises(ValueError, match="needs the hyperparameter 'max_lr'"): opt.step()
     opt.set_hyper('max_lr', .1)
     opt.step()
 

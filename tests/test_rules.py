@@ -178,7 +178,7 @@ def test_frozen(mode):
     assert on()==[False]+[True]*6
 
 def test_nothing_left_to_train():
-    with pytest.raises(ValueError, match='all parameters are frozen'),pytest.warns(UserWarning, match='fits no parameter'):
+    with pytest.raises(ValueError, match='all parameters are frozen'),pytest.warns(UserWarning, match='matches no parameter'):
         make(net(), {'*': dict(freeze=True), '0.*x': adam()})
 
 # ---------------------------------------------------------------- what else an optimizer does
@@ -277,11 +277,11 @@ def errors():
     yield {'*.bias': adam()}, ValueError, r"no rule gives an algorithm for 4 parameters \(0.weight, 1.weight"
     yield {'*': 3}, TypeError, r"'\*' has a int \(3\)"
     yield {'*': dict(opt_func=3)}, TypeError, 'opt_func=3'
-    yield {'*': {}}, ValueError, 'says nothing'
+    yield {'*': {}}, ValueError, 'is empty: give it an opt_func'
     yield {'*.bias': dict(lr=.1), '*': adam()}, ValueError, 'Write lr_mult'
     yield {'*.bias': dict(fused=True), '*': adam()}, ValueError, r'Write rules\(\{...\}, fused=True\)'
-    yield {'*.bias': dict(max_lr=1), '*': adam()}, ValueError, "none of a rule's settings"
-    yield {'*.bias': dict(freeze=1), '*': adam()}, ValueError, 'freeze=1: it is True or False'
+    yield {'*.bias': dict(max_lr=1), '*': adam()}, ValueError, "can't be set by a rule"
+    yield {'*.bias': dict(freeze=1), '*': adam()}, ValueError, 'freeze=1: it must be True or False'
     yield {'*.bias': dict(lr_mult=-1), '*': adam()}, ValueError, 'lr_mult=-1 is out of range'
     yield {'*.bias': dict(mom=1.5), '*': adam()}, ValueError, 'mom=1.5 is out of range'
     yield {'*.bias': dict(foo=1.5), '*': adam()}, TypeError, 'foo is no setting of Adam'
@@ -289,8 +289,8 @@ def errors():
     yield {'*.bias': adam(fused=True), '*': adam()}, ValueError, r'one mode.*rules\(\{...\}, fused=True\)'
     yield {'*.bias': adam(kahan_sum=True), '*': adam()}, ValueError, 'storage='
     yield {'*.bias': adam(decouple_lr=True, wd=1e-5), '*': adam()}, ValueError, 'decouple_lr='
-    yield {'*.bias': ranger(), '*': adam()}, TypeError, 'put it round the rules'
-    yield {'*.bias': schedule_free(adam()), '*': adam()}, TypeError, 'put it round the rules'
+    yield {'*.bias': ranger(), '*': adam()}, TypeError, 'put the wrapper around the rules'
+    yield {'*.bias': schedule_free(adam()), '*': adam()}, TypeError, 'put the wrapper around the rules'
     yield {'*.bias': torch.optim.Adam, '*': adam()}, TypeError, 'Use one of this package'
     yield {'*.bias': lambda ps, lr: keeps(ps, lr), '*': adam()}, TypeError, 'keeps thing for the whole model'
     yield {'*.bias': lambda ps, lr: make_optimizer(ps, [whole], lr=lr), '*': adam()}, TypeError, 'several passes over the whole model'
@@ -311,10 +311,10 @@ def test_other_errors():
     with pytest.raises(ValueError, match='1 dicts for 7'): make(net(), TABLE).fix_state([{}])
 
 def test_warnings():
-    with pytest.warns(UserWarning, match=r"'bias' fits no parameter. It is held against whole names \(0.weight, 1.weight, 1.bias, ...\)"):
+    with pytest.warns(UserWarning, match=r"'bias' matches no parameter. It is compared with whole names \(0.weight, 1.weight, 1.bias, ...\)"):
         make(net(), {'bias': dict(wd=0), '*': adam()})
-    with pytest.warns(UserWarning, match=r"'\*.bias' decides nothing.*rules above"): make(net(), {'*': adam(), '*.bias': lion()})
-    with pytest.warns(UserWarning, match="kind of layer is not known: use `with naming"):
+    with pytest.warns(UserWarning, match=r"'\*.bias' has no effect.*rules above"): make(net(), {'*': adam(), '*.bias': lion()})
+    with pytest.warns(UserWarning, match="kinds of layers are not known: use `with naming"):
         rules({nn.Embedding: dict(wd=0), '*': adam()})(net().named_parameters(), lr=.1)
     with no_warnings(): make(net(), TABLE); make(net(), {'*.bias': dict(wd=0), '*': undecayed})
 

@@ -18,9 +18,9 @@ from ..optimizer.steppers import inner_stepper, refuses, rule_cases, within_rule
 
 # %% ../../nbs/definition/modifiers.ipynb #99ee43b9
 def decays_weights(
-    f # A stepper whose `wd` stands beside `lr`: it takes `lr*wd` of the weights, or reckons with a decay that does
+    f # A stepper that decays the weights by `lr*wd`, or accounts for such a decay
 ): # `f`, marked
-    "Mark a stepper as one that `decouple_lr=True` is about"
+    "Mark a stepper that `decouple_lr=True` changes"
     f.decays_weights = True
     return f
 
@@ -32,28 +32,30 @@ def fully_decoupled(
     p, # The parameter
     lr:float, # Learning rate
     max_lr:float=None, # Peak of the learning rate
-    wd:float=0., # Share of the weights that a step at the peak takes off
+    wd:float=0., # Fraction of the weights that a step at the peak subtracts
     **kwargs
 ):
     "Run `cb` so that it decays by `lr/max_lr*wd`"
     if max_lr is None:
-        raise ValueError("decouple_lr=True needs the hyper-parameter 'max_lr', and there is none. Was the state of an optimizer without decouple_lr loaded? "
-                         "Set it with opt.set_hyper('max_lr', ...), to the peak of the learning rate.")
+        raise ValueError("decouple_lr=True needs the hyperparameter 'max_lr', which is missing. Did you load the state of an optimizer "
+                         "without decouple_lr? Set it to the peak of the learning rate: opt.set_hyper('max_lr', ...).")
     return cb(p, lr=lr, wd=wd/max_lr if max_lr else 0., **kwargs)
 
 fully_decoupled.wraps_stepper = True
 
 # %% ../../nbs/definition/modifiers.ipynb #b5d2c773
+def _names(fs): return ', '.join(getattr(f, '__name__', type(f).__name__) for f in fs)
+
 def _decouple_lr(cbs):
     "`cbs`, with those that decay by `lr*wd` run by `fully_decoupled`"
     fs = [inner_stepper(cb) for cb in cbs]
     if l2_reg in fs:
-        raise ValueError("decouple_lr=True and decouple_wd=False were given together: L2 regularization is a part of the gradient, and the step "
-                         "multiplies it by lr. Keep one of them.")
+        raise ValueError("decouple_lr=True and decouple_wd=False were given together: L2 regularization is part of the gradient, which the "
+                         "step multiplies by lr. Keep one of them.")
     marked = [getattr(f, 'decays_weights', False) for f in fs]
     if not any(marked):
-        raise ValueError(f"decouple_lr=True, but no stepper of {', '.join(getattr(f, '__name__', type(f).__name__) for f in fs)} decays the weights: "
-                         "add fastai's `weight_decay`, or mark your own with `@decays_weights`.")
+        raise ValueError(f"decouple_lr=True, but no stepper of {_names(fs)} decays the weights: add fastai's `weight_decay`, or mark "
+                         "your own with `@decays_weights`.")
     return [within_rule(cb, lambda f: partial(fully_decoupled, f)) if m else cb for cb,m in zip(cbs, marked)]
 
 # %% ../../nbs/definition/modifiers.ipynb #499c5cc4
@@ -62,7 +64,7 @@ def cautious_step(
     p, # The parameter
     **kwargs
 ): # What `cb` returns
-    "Run `cb`, and keep of its step the elements that go against the gradient, divided by their share of the tensor (at least 1e-3)"
+    "Run `cb`, keep only the elements of its update that agree with the gradient's sign, and divide by the fraction kept (at least 1e-3)"
     before = p.data.clone()
     new = cb(p, **kwargs)
     update = before - p.data
@@ -70,12 +72,12 @@ def cautious_step(
     p.data.copy_(before - update*(mask/mask.mean().clamp(min=1e-3)))
     return new
 
-cautious_step.wraps_stepper = cautious_step.masks_step = True # said to the engine, which looks at the stepper inside
-refuses(cautious_step, schedule_free='it is cautious, and without momentum each step goes along its gradient: there is nothing to mask.');
+cautious_step.wraps_stepper = cautious_step.masks_step = True
+refuses(cautious_step, schedule_free='it is cautious, and without momentum each step follows its gradient, so there is nothing to mask.');
 
 # %% ../../nbs/definition/modifiers.ipynb #b56b0ac3
 def _traced_effects(cbs, hyper, decay, case):
-    "A `StepperEffect` for each stepper; None for those that can't be traced, and for those that need state from them"
+    "A `StepperEffect` per stepper; None for those that can't be traced, and for those that need their state"
     try: return stepper_effects(cbs, hyper, decay, case)
     except UnsupportedError: pass
     known,res = [],[]
@@ -85,7 +87,7 @@ def _traced_effects(cbs, hyper, decay, case):
     return res
 
 def _moving_and_decaying(cbs, hyper):
-    "Places of the steppers that change a parameter without decay, and of those of them that decay too"
+    "Indices of the steppers that move a parameter without decay, and of those among them that also decay it"
     moving,decaying,places = set(),set(),[i for i,cb in enumerate(cbs) if not isinstance(cb, Between)]
     for case in rule_cases(cbs):
         without,with_decay = ({'wd':wd, **({'rule_settings':{'wd':wd}} if case else {})} for wd in (0., .5))
@@ -96,15 +98,16 @@ def _moving_and_decaying(cbs, hyper):
 
 # %% ../../nbs/definition/modifiers.ipynb #1085b909
 def _cautious(cbs, hyper):
-    "`cbs`, with those that step run by `cautious_step`"
+    "`cbs`, with those that move the parameter run by `cautious_step`"
     try:
         with dry_run(): moving,decaying = _moving_and_decaying(cbs, hyper)
-    except Exception as e: raise ValueError(f"cautious=True: the steppers were traced to find those that change the parameter, and failed: {e}") from e
-    def _names(places): return ', '.join(getattr(f, '__name__', type(f).__name__) for f in (inner_stepper(cbs[i]) for i in sorted(places)))
+    except Exception as e:
+        raise ValueError(f"cautious=True: tracing the steppers, to find those that change the parameter, failed: {e}") from e
+    fs = [inner_stepper(cb) for cb in cbs]
     if decaying:
-        raise ValueError(f"cautious=True: {_names(decaying)} decays the weights and steps in one, and a decay must not be masked. Leave out cautious=True, "
-                         "or use an optimizer whose decay is a stepper of its own.")
-    if not moving: raise ValueError(f"cautious=True: no stepper of {_names(range(len(cbs)))} changes the parameter.")
+        raise ValueError(f"cautious=True: {_names(fs[i] for i in sorted(decaying))} decays the weights and steps in one, and a decay must "
+                         "not be masked. Leave out cautious=True, or use an optimizer with a separate stepper for the decay.")
+    if not moving: raise ValueError(f"cautious=True: no stepper of {_names(fs)} changes the parameter.")
     return L(within_rule(cb, lambda f: partial(cautious_step, f)) if i in moving else cb for i,cb in enumerate(cbs))
 
 # %% ../../nbs/definition/modifiers.ipynb #3bee733f
@@ -113,9 +116,10 @@ HIGH_WD = 1e-3
 def warn_high_wd(
     opt # Optimizer
 ):
-    "Warn, once an optimizer, if `wd` is high for `decouple_lr=True`"
+    "Warn, once per optimizer, if `wd` is high for `decouple_lr=True`"
     wd = max(h.get('wd', 0.) for h in opt.hypers)
     if not getattr(opt, 'decouple_lr', False) or getattr(opt, 'wd_warned', False) or wd<HIGH_WD: return
     opt.wd_warned = True
-    warnings.warn(f"wd={wd:g} is high for decouple_lr=True: each step at the peak of the learning rate takes {wd:.3g} of the weights, as lr does not scale it "
-                  f"down. 1e-6 to 1e-4 is usual; what was right before, times lr, is the same decay.", stacklevel=3)
+    warnings.warn(f"wd={wd:g} is high for decouple_lr=True: each step at the peak of the learning rate subtracts the fraction {wd:.3g} of "
+                  "the weights, as lr does not scale it down. 1e-6 to 1e-4 is usual. For the same decay as before, multiply the earlier "
+                  "wd by lr.", stacklevel=3)

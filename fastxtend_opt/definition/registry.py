@@ -26,22 +26,22 @@ KINDS = ('elementwise','reduction','matrix','model')
 # %% ../../nbs/definition/registry.ipynb #26a45bce
 @dataclass(repr=False)
 class OptimizerInfo:
-    "What the project knows of one optimizer"
+    "The row of an optimizer: everything that tables, tests and benchmarks need to know"
     name:str # Name of the factory: 'adam'
     func:callable # The capitalised function: `Adam`
-    title:str # Name as people say it
+    title:str # Name for people
     paper:str # Title of the paper
     year:int # Year of the paper
     category:str # A key of `CATEGORIES`
     kind:str # One of `KINDS`
     state:tuple # Names of the state tensors of a parameter
-    oracle:str # Dotted name of an implementation that is not ours, with the same arguments, that it is tested against
+    oracle:str # Dotted name of an independent implementation with the same arguments, for the tests
     arxiv:str='' # arXiv id, if it has one
     authors:str='' # Authors of the paper
-    also:tuple=() # Dotted names of further implementations that agree where their options allow
-    settings:tuple=() # Recommended settings: tuples of (for what, settings, source); an arXiv id becomes a link
-    modes:tuple=MODES # Modes it runs in
-    needs:str='' # What it needs from the training loop beyond `step`
+    also:tuple=() # Dotted names of further implementations that agree as far as their options allow
+    settings:tuple=() # Recommended settings: tuples (purpose, settings, source); an arXiv id becomes a link
+    modes:tuple=MODES # Its modes
+    needs:str='' # What the training loop must do in addition to `step`
     page:str='' # Its page, relative to the site
     factory:callable=None # The lower-case function, set by `factory`
 
@@ -49,20 +49,20 @@ class OptimizerInfo:
 
     @property
     def hypers(self):
-        "Names and defaults of the hyperparameters that the factory takes, mode flags left out"
+        "Names and defaults of the hyperparameters, without the options that all optimizers share"
         return {k:p.default for k,p in inspect.signature(self.func).parameters.items() if k not in ('params','lr',*OPTIONS)}
 
     @property
     def ranges(self):
-        "What each hyperparameter may be: name to `Within`"
+        "Range of each hyperparameter: name -> `Within`"
         return {**hyper_ranges, **getattr(self.func, 'ranges', {})}
 
     def state_bytes(self,
         shape:tuple=(256,256), # Shape of the parameter: some algorithms keep less for a matrix
         dtype:torch.dtype=torch.float32, # Its dtype
         **kwargs # Hyperparameters, and options such as `state_dtype`
-    )->float: # Bytes of state an element
-        "What a step keeps for each element of a parameter, measured on one"
+    )->float: # Bytes of state per element
+        "Memory of the state per element of a parameter, measured after one step"
         p = nn.Parameter(torch.ones(shape, dtype=dtype))
         opt = self.func([p], lr=1e-3, **kwargs)
         p.grad = torch.ones_like(p)
@@ -87,17 +87,17 @@ _registry = {}
 
 def register(
     func, # The capitalised function, such as `Adam`
-    title:str, # Name as people say it
+    title:str, # Name for people
     paper:str, # Title of the paper
     year:int, # Year of the paper
     category:str, # A key of `CATEGORIES`
     kind:str, # One of `KINDS`
     state:tuple, # Names of the state tensors of a parameter
-    oracle:str, # Dotted name of the implementation it is tested against
-    name:str='', # Name of the factory; the function's in lower case if empty
-    **kwargs # The other fields of `OptimizerInfo`
+    oracle:str, # Dotted name of the implementation that the tests compare it with
+    name:str='', # Name of the factory; if empty, that of the function in lower case
+    **kwargs # Other fields of `OptimizerInfo`
 )->OptimizerInfo: # The row
-    "Put one row about `func` into the registry"
+    "Add the row of `func` to the registry"
     name = name or func.__name__.lower()
     if category not in CATEGORIES: raise ValueError(f"category={category!r} is unknown: it must be one of {', '.join(CATEGORIES)}.")
     if kind not in KINDS: raise ValueError(f"kind={kind!r} is unknown: it must be one of {', '.join(KINDS)}.")
@@ -120,7 +120,7 @@ def list_optimizers(
     category:str=None, # Only this category: a key of `CATEGORIES`
     mode:str=None # Only those that run in this mode: one of `MODES`
 )->L: # `OptimizerInfo` rows, by name
-    "The rows of all optimizers, or of those asked for"
+    "The rows of all optimizers, or of those that match"
     for k,v,ok in (('kind',kind,KINDS), ('category',category,tuple(CATEGORIES)), ('mode',mode,MODES)):
         if v is not None and v not in ok: raise ValueError(f"{k}={v!r} is unknown: it must be one of {', '.join(ok)}.")
     _load_all()
@@ -135,4 +135,4 @@ def get_optimizer(
     if (key := str(name).lower()) not in _registry: _load_all()
     for o in (_registry.get(key), *_registry.values()):
         if o is not None and key in (o.name, o.func.__name__.lower()): return o
-    raise ValueError(f"There is no optimizer {name!r}: there are {', '.join(sorted(_registry))}.")
+    raise ValueError(f"There is no optimizer {name!r}. Choose one of {', '.join(sorted(_registry))}.")

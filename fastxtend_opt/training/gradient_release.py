@@ -107,8 +107,9 @@ class _Release:
         "Have each bucket of gradients reduced, and then its parameters stepped"
         for m in self.ddps:
             if m.find_unused_parameters or m.static_graph:
-                raise ValueError("gradient release: with find_unused_parameters or static_graph, DistributedDataParallel knows only at the end "
-                                 "of the backward pass which gradients are real. Wrap the model without them.")
+                raise ValueError(
+                    "gradient release: with find_unused_parameters or static_graph, DistributedDataParallel knows only at the end "
+                    "of the backward pass which gradients are real. Wrap the model without them.")
         for m in self.ddps:
             if (state := getattr(m, '_gradient_release', None)) is None:
                 state = m._gradient_release = _Bucket()
