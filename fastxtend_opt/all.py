@@ -1,6 +1,7 @@
-"""Everything: `from fastxtend_opt.all import *`, after fastai's, so that `Adam` and its like are this library's
+"""Everything: use `from fastxtend_opt.all import *` after fastai's import, so that names such as `Adam` are this library's
 
-Written by hand; `tests/test_package.py` holds it against the modules. The commands (`tools.cli`, `tools.compare`, `tools.demo`) are not part of it."""
+Written by hand; `tests/test_package.py` compares it with the modules. The commands (`tools.cli`, `tools.compare`, `tools.demo`) are not
+part of it."""
 from .protocol import *
 from .engine.ops import *
 from .engine.kinds import *

@@ -158,7 +158,7 @@ def test_the_table(base):
         for w in wrappers: assert (r[w]=='yes')==(r['inside']=='an algorithm' or r['inside'][:-5] in want[w]), (w,r['inside'])
 
 @pytest.mark.parametrize('f,words', [
-    (lambda: lookahead(ranger()), "lookahead can't go round Lookahead: one inside the other"),
+    (lambda: lookahead(ranger()), "lookahead can't wrap Lookahead: one inside the other"),
     (lambda: lookahead(schedule_free(adam())), 'averages the weights itself'),
     (lambda: schedule_free(lookahead(adam())), 'both average the weights'),
     (lambda: schedule_free(schedule_free(adam())), 'schedule-free already'),
@@ -181,7 +181,7 @@ def test_refused_algorithms():
     no = {r.name:why for r in rows if (why := why_not(schedule_free, r.factory()))}
     assert set(no)=={'adabelief','apollo','madgrad','mars','swats','cadamw','clion','ranger','sgd_schedulefree','adamw_schedulefree',
                      'radam_schedulefree'}, set(no)
-    assert all("can't go round" in w and len(w)>50 for w in no.values()) and len(rows)>=45
+    assert all("can't wrap" in w and len(w)>50 for w in no.values()) and len(rows)>=45
     assert {r.name for r in rows if why_not(centralize, r.factory())}==set()
     assert {r.name for r in rows if why_not(lookahead, r.factory())}=={'ranger','sgd_schedulefree','adamw_schedulefree',
                                                                        'radam_schedulefree'}

@@ -126,7 +126,7 @@ def _parameter_rows(text):
     res = {}
     for doc in text.split('<div class="doc">')[1:]:
         doc = re.split(r'<h[1-4]\b', doc, maxsplit=2)  # what is before its heading, its own part, what follows
-        name = html.unescape(re.sub('<[^>]+>', '', doc[1].partition('</h')[0].partition('>')[2])).removesuffix('#').rpartition('.')[2]
+        name = html.unescape(re.sub('<[^>]+>', '', doc[1].partition('</h')[0].partition('>')[2])).removesuffix('#')
         res[name] = [html.unescape(r).lstrip('*') for r in re.findall(r'<tr>\s*<td><code>([^<]+)</code>', doc[1])]
     return res
 

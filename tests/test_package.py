@@ -163,6 +163,28 @@ def test_import_is_cheap_and_touches_nothing(tmp_path):
         if best<.3: break
     assert best<.3, f"import fastxtend_opt.all takes {best:.2f} s beyond fastai; top-level packages that are new: {r['new']}"
 
+_warned = '''
+    import json,warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # torch deprecates TorchScript, which fastai uses
+        import torch,fastai.vision.all
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        from fastxtend_opt.all import *
+        for mode in ({}, dict(foreach=True), dict(jit=True), dict(fused=True)):
+            for make in (Adam, Lamb):
+                p = torch.nn.Parameter(torch.ones(5))
+                opt = make([p], lr=.1, **mode)
+                for _ in range(3):
+                    p.grad = torch.ones(5)
+                    opt.step()
+    print(json.dumps([f'{w.category.__name__}: {w.message}' for w in seen]))
+'''
+
+def test_no_mode_adds_a_warning():
+    "fastai's import prints torch's deprecation of TorchScript; ours and the steps of every mode print nothing"
+    assert python(_warned, PYTHONWARNINGS='')==[]
+
 # --- commands ------------------------------------------------------------------------------------
 
 def test_command_help():

@@ -312,7 +312,7 @@ def test_errors(name):
 def test_errors_of_the_wrapper():
     for opt in (Ranger(small(), lr=.1), fo.SGD(small(), lr=.1), torch.optim.SGD(small(), lr=.1),
                 fo.OptimWrapper(small(), torch.optim.SGD, lr=.1), ScheduleFree(SGD(small(), lr=.1))):
-        with pytest.raises(TypeError, match="ScheduleFree takes|schedule_free can't go round"): ScheduleFree(opt)
+        with pytest.raises(TypeError, match="ScheduleFree takes|schedule_free can't wrap"): ScheduleFree(opt)
     with pytest.raises(ValueError, match='stepped'): ScheduleFree(go(SGD(small(), lr=.1), range(1)))
     for kw in (dict(warmup_steps=-1), dict(warmup_steps=1.5), dict(weight_lr_power=-1.), dict(r=float('nan')), dict(beta=[.9,.9,.9])):
         with pytest.raises(ValueError, match=next(iter(kw))): ScheduleFree(SGD(small(), lr=.1), **kw)
@@ -322,7 +322,7 @@ def taken(row):
     try: ScheduleFree(row.func(small(), lr=.01)); return True
     except TypeError as e:
         # with the reason, which tests/test_composition.py looks at
-        assert "schedule_free can't go round" in str(e); return False
+        assert "schedule_free can't wrap" in str(e); return False
 BASES = [r.name for r in list_optimizers() if taken(r)]
 def runs(name, mode): return ('fused' if mode=='triton' else mode) in get_optimizer(name).modes
 

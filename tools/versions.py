@@ -124,6 +124,7 @@ def main(argv=None):
     for versions in rows:
         tested = commit()
         have,result,seconds = run(versions, a.jobs, pytest_args, a.log.resolve(), a.keep and a.keep.resolve())
+        if pytest_args: result += f" of `{' '.join(pytest_args)}`" # a selection is not the whole
         bad |= 'passed' not in result or 'failed' in result or 'error' in result
         line = f"| {' | '.join(have.values())} | {result} | {seconds/60:.1f} | {tested} | {date.today()} |"
         print(line, flush=True)

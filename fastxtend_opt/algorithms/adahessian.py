@@ -137,7 +137,7 @@ def hessian_due(
 
 def estimate_hessian(
     opt:Optimizer, # Optimizer made by `AdaHessian`
-    generator:torch.Generator=None # Generator of the signs; `None`: one seeded with the number of steps, so that a resumed training is the same
+    generator:torch.Generator=None # Generator of the signs; `None`: one seeded with the step count, so that a resumed training is the same
 ):
     "Put an estimate of the Hessian's diagonal into the state of each parameter, and detach the gradients from their graphs"
     inner = _inside(opt)

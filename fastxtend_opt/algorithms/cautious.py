@@ -72,7 +72,7 @@ def cautious(
 )->partial: # An `opt_func` too
     "Use the optimizer of `opt_func` with `cautious=True` (2024, arXiv 2411.16085)"
     if not callable(opt_func): raise TypeError(f"cautious takes an opt_func, such as adam(), got a {type(opt_func).__name__}.")
-    if _is_cautious(opt_func): raise TypeError(f"cautious can't go round {opt_func_text(opt_func)}: it is cautious already.")
+    if _is_cautious(opt_func): raise TypeError(f"cautious can't wrap {opt_func_text(opt_func)}: it is cautious already.")
     return partial(_with_caution, opt_func)
 
 def _is_cautious(f):

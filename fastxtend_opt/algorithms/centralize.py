@@ -32,10 +32,10 @@ def _centralized(opt_func, params, *args, **kwargs):
     inner = opt
     while 'cbs' not in inner.__dict__ and isinstance(inner.__dict__.get('opt'), Optimizer): inner = inner.opt # a wrapper
     if not isinstance(inner, Optimizer) or 'cbs' not in inner.__dict__:
-        raise TypeError(f"centralize can't go round {type(inner).__name__}: it has no list of steppers. "
+        raise TypeError(f"centralize can't wrap {type(inner).__name__}: it has no list of steppers. "
                         "Use an optimizer of this package, or fastai's.")
     if centralize_grad in inner.cbs:
-        raise TypeError("centralize can't go round centralize: a centralized gradient has no mean left to subtract. Leave one out.")
+        raise TypeError("centralize can't wrap centralize: a centralized gradient has no mean left to subtract. Leave one out.")
     inner.cbs = L(centralize_grad) + inner.cbs
     return opt
 _centralized.wraps_opt_func = 'centralize'

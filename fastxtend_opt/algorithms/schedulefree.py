@@ -286,7 +286,7 @@ def ScheduleFree(
     "Make `opt` schedule-free, without its own momentum"
     check_round('schedule_free', opt)
     if any(getattr(inner_stepper(cb), 'whole_model', False) for cb in getattr(opt, 'cbs', ())):
-        raise TypeError("schedule_free can't go round an optimizer whose step takes several passes over the whole model.")
+        raise TypeError("schedule_free can't wrap an optimizer whose step takes several passes over the whole model.")
     if type(opt) not in schedule_free_classes:
         raise TypeError("ScheduleFree takes an optimizer of this package that is not wrapped or schedule-free already, got a "
                         f"{type(opt).__name__}.")

@@ -68,6 +68,7 @@ class Cohort:
                 if all(map(is_, ts, kept)): continue
                 if not self._alike(ts, s, list(map(_shape, kept))): return False
                 kept[:] = ts
+                self.whole.pop(s.name, None) # its elements are the old tensors' values
         except (KeyError, AttributeError): return False # an entry or a gradient is missing
         return not any(min(map(torch.Tensor.data_ptr, ts)) < 1<<32 and any(map(freed, ts)) for ts in (gs, *tensors))
 

@@ -11,7 +11,7 @@ from .opaque import OpaqueCall
 from .tape import Tape
 
 # %% auto #0
-__all__ = ['TapePart', 'cut_tape', 'CutTape']
+__all__ = ['TapePart', 'CutTape', 'cut_tape']
 
 # %% ../../nbs/engine/cut.ipynb #90aa17b0
 class TapePart:
@@ -36,17 +36,6 @@ class TapePart:
         r.scalars = [tape.scalars[i] if i >= 0 else 0. for i in self.scalars]
         r.created,r.opaque,r._known,r._kinds = {},False,None,None
         return r
-
-# %% ../../nbs/engine/cut.ipynb #e3b54cd2
-_cuts = {}
-
-def cut_tape(
-    tape:Tape # A finished tape with opaque calls
-) -> CutTape: # Its parts and calls, cached by the tape's key
-    "Cut `tape` at its opaque calls"
-    key = tape.key,tape.device.type
-    if (r := _cuts.get(key)) is None: r = _cuts[key] = CutTape(tape)
-    return r
 
 # %% ../../nbs/engine/cut.ipynb #2b8a0d62
 def _is_call(entry): return type(entry[0]) is OpaqueCall
@@ -192,3 +181,14 @@ class _NewPart:
         if slot is not None: self.refs[r] = self.refs[-slot-1]
         else: self.refs[r] = -self.add_slot(r)-1
         if slot is None and self.cut.types[r][1] is torch.bool: self.append(r, ('ne', self.refs[r], self.number(-1)))
+
+# %% ../../nbs/engine/cut.ipynb #e3b54cd2
+_cuts = {}
+
+def cut_tape(
+    tape:Tape # A finished tape with opaque calls
+) -> CutTape: # Its parts and calls, cached by the tape's key
+    "Cut `tape` at its opaque calls"
+    key = tape.key,tape.device.type
+    if (r := _cuts.get(key)) is None: r = _cuts[key] = CutTape(tape)
+    return r

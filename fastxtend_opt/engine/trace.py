@@ -15,6 +15,11 @@ from .transforms import _make_slots
 # %% auto #0
 __all__ = ['LowPrecision', 'trace_steppers']
 
+# %% ../../nbs/engine/trace.ipynb #8c4f46a7
+LowPrecision = namedtuple('LowPrecision', 'kahan rounding state seed') # How a parameter and its state are kept
+LowPrecision.__doc__ = """How a parameter and its state are kept: `kahan`, whether with a compensation for rounding; `rounding`, whether the
+parameter is rounded stochastically; `state`, dtype of new state (at least float32 for a copy of the weights); `seed`, of the rounding"""
+
 # %% ../../nbs/engine/trace.ipynb #dd02bd4e
 def trace_steppers(
     cbs, # Steppers
@@ -95,11 +100,6 @@ def _final_values(tape, loads, state):
         else: tape.created[k] = v
     return final
 
-# %% ../../nbs/engine/trace.ipynb #8c4f46a7
-LowPrecision = namedtuple('LowPrecision', 'kahan rounding state seed') # How a parameter and its state are kept
-LowPrecision.__doc__ = """How a parameter and its state are kept: `kahan`, whether with a compensation for rounding; `rounding`, whether the
-parameter is rounded stochastically; `state`, dtype of new state (at least float32 for a copy of the weights); `seed`, of the rounding"""
-
 # %% ../../nbs/engine/trace.ipynb #8302022b
 _LOW = (torch.bfloat16, torch.float16)
 
@@ -129,7 +129,7 @@ class _Storing:
         self.numbers = dict(sr_seed=self.seed, sr_step=(self.step+1) % 2**24)
         return self._rounded(t, zlib.crc32(name.encode()) % 2**24)
 
-    def _rounded(self, t, salt):
+    def _rounded(self, t, salt): # native mode rounds a tensor instead
         r = self.tape.emit('sround_bfloat16', t, self.seed, self.step, salt)
         r.dtype = torch.bfloat16; self.tape.types[-1] = (r.kind, r.dtype)
         return r

@@ -88,5 +88,5 @@ def check_round(
     for cb in [type(opt), *getattr(opt, 'cbs', ())]:
         for f in _layers(cb):
             if not (why := getattr(f, 'refuses', {}).get(wrapper)): continue
-            raise TypeError(f"{wrapper} can't go round "
+            raise TypeError(f"{wrapper} can't wrap "
                             f"{'' if isinstance(f, type) else 'stepper '}{getattr(f, '__name__', type(f).__name__)}: {why}")

@@ -107,8 +107,9 @@ class _Release:
         "Have each bucket of gradients reduced, and then its parameters stepped"
         for m in self.ddps:
             if m.find_unused_parameters or m.static_graph:
-                raise ValueError("gradient release: with find_unused_parameters or static_graph, DistributedDataParallel knows only at the end "
-                                 "of the backward pass which gradients are real. Wrap the model without them.")
+                raise ValueError(
+                    "gradient release: with find_unused_parameters or static_graph, DistributedDataParallel knows only at the end "
+                    "of the backward pass which gradients are real. Wrap the model without them.")
         for m in self.ddps:
             if (state := getattr(m, '_gradient_release', None)) is None:
                 state = m._gradient_release = _Bucket()
@@ -270,7 +271,7 @@ def keep_gradients(
 
 # %% ../../nbs/training/gradient_release.ipynb #041afb74
 class UndoneCallback(Callback):
-    "A callback that undoes its changes to optimizer or model (in `_undo`) when it is removed from its `Learner`, also by an exception"
+    "A callback that undoes its changes to optimizer or model (kept in _undo) when it is removed from its `Learner`, also by an exception"
     @property
     def learn(self): return self.__dict__.get('learn')
     @learn.setter
