@@ -120,6 +120,12 @@ def test_all_covers_every_module():
         for n in m.__all__:
             assert everything.get(n, everything) is getattr(m, n), f'fastxtend_opt.all has no {n}, or another one than {dotted(p)}'
 
+def test_public_names_stay():
+    "Whatever `fastxtend_opt.all` exported before the modules were divided into rooms is still there (tests/public_names.txt lists it)"
+    everything = vars(importlib.import_module('fastxtend_opt.all'))
+    names = (root/'tests'/'public_names.txt').read_text(encoding='utf-8').split()
+    assert len(names)==478 and not [n for n in names if n not in everything]
+
 def test_all_replaces_only_optimizers():
     "`from fastai.vision.all import *` and then ours: of fastai's names only the optimizers may be replaced"
     try: fa = vars(importlib.import_module('fastai.vision.all'))

@@ -280,17 +280,21 @@ def toc_html(page):
     return '<nav class="toc" aria-label="On this page"><h2>On this page</h2><ul>' + ''.join(
         f'<li class="l{l}"><a href="#{i}">{html.escape(t)}</a></li>' for l,i,t in hs) + '</ul></nav>'
 
-def full_html(site, page, nav, names, pages, order, wide=False):
-    "The whole document of a page"
-    i = order.index(page.src) if page.src in order else None
+def near_html(page, names, pages, order):
+    "Links to the previous and the next page"
+    if page.src not in order: return ''
+    i = order.index(page.src)
     def near(j, cls, word):
-        if i is None or not 0<=j<len(order): return '<span></span>'
+        if not 0<=j<len(order): return '<span></span>'
         other = pages[order[j]]
         return f'<a class="{cls}" href="{rel(page, other.out)}"><span>{word}</span>{html.escape(names.get(order[j], other.title))}</a>'
+    return f'<nav class="near">{near(i-1, "prev", "Previous")}{near(i+1, "next", "Next")}</nav>'
+
+def full_html(site, page, nav, names, pages, order, wide=False):
+    "The whole document of a page"
     esc = html.escape
     title = site['title'] if page.out=='index.html' else f"{page.title} – {site['title']}"
     desc = re.sub('`([^`]+)`', r'<code>\1</code>', f'<p class="lead">{esc(page.description)}</p>') if page.description else ''
-    foot = '' if i is None else f'<nav class="near">{near(i-1, "prev", "Previous")}{near(i+1, "next", "Next")}</nav>'
     return f'''<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -315,13 +319,24 @@ def full_html(site, page, nav, names, pages, order, wide=False):
 <h1>{esc(page.title)}</h1>
 {desc}
 {page.body}
-{foot}
+{near_html(page, names, pages, order)}
 </main>
 {toc_html(page)}
 </div>
 </body>
 </html>
 '''
+
+def sidebar_faults(order, pages):
+    "Differences between the sidebar and the pages, and pages with one place in the site"
+    faults = [f'{s}: in the sidebar of _quarto.yml, but there is no such page' for s in order if s not in pages]
+    faults += [f'{s}: a page, but not in the sidebar of _quarto.yml' for s in pages if s not in order]
+    faults += [f'{s}: twice in the sidebar of _quarto.yml' for s in sorted({s for s in order if order.count(s)>1})]
+    outs = {}
+    for p in pages.values():
+        if p.out in outs: faults.append(f'{p.src}: becomes {p.out}, like {outs[p.out]}')
+        outs[p.out] = p.src
+    return faults
 
 def render(proc, out, quarto_yml=root/'_quarto.yml', settings=root/'settings.ini'):
     "Render the notebooks of `proc` into the folder `out`: the pages in the sidebar's order. Raises `SiteError` with all faults"
@@ -336,13 +351,7 @@ def render(proc, out, quarto_yml=root/'_quarto.yml', settings=root/'settings.ini
     found = sorted(p for p in proc.rglob('*.ipynb') if not any(o.startswith('.') for o in p.relative_to(proc).parts))
     pages = {p.src: p for p in (read_page(proc, f, faults) for f in found)}
 
-    faults += [f'{s}: in the sidebar of _quarto.yml, but there is no such page' for s in order if s not in pages]
-    faults += [f'{s}: a page, but not in the sidebar of _quarto.yml' for s in pages if s not in order]
-    faults += [f'{s}: twice in the sidebar of _quarto.yml' for s in sorted({s for s in order if order.count(s)>1})]
-    outs = {}
-    for p in pages.values():
-        if p.out in outs: faults.append(f'{p.src}: becomes {p.out}, like {outs[p.out]}')
-        outs[p.out] = p.src
+    faults += sidebar_faults(order, pages)
     if faults: raise SiteError(faults)
 
     if out.exists(): shutil.rmtree(out)
