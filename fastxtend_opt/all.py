@@ -1,4 +1,4 @@
-"""Everything: use `from fastxtend_opt.all import *` after fastai's import, so that names such as `Adam` are this library's
+"""Everything: use `from fastxtend_opt.all import *` after fastai's import, so that `Adam` is this library's
 
 Written by hand; `tests/test_package.py` compares it with the modules. The commands (`tools.cli`, `tools.compare`, `tools.demo`) are not
 part of it."""

@@ -31,7 +31,7 @@ def test_result_is_not_kwargs(module):
     "fastcore reads the comment of the line before `)->` where that has none, and takes no comment of `**kwargs` for a parameter's"
     for f in functions(module):
         said,shown = re.findall(r'^ *\*\*?\w+,? # (.*)$', inspect.getsource(f), re.M),docments(f).get('return')
-        assert not shown or shown not in said, f'{f.__qualname__}: {shown!r} is shown for the result. Write `)->...: # ...` to say what it is'
+        assert not shown or shown not in said, f'{f.__qualname__}: {shown!r} is shown for the result. Say what that is: `)->...: # ...`'
 
 def test_options_and_factories():
     "A row for each option, and results that differ"

@@ -204,8 +204,8 @@ def test_flag_picks_the_engine(row, mode):
     # never falsy
     assert isinstance(inner(opt), cls) and (row.name in FREE or type(inner(opt)) is cls) and isinstance(opt, Optimizer) and opt
 
-OURS = dict(betas=('mom and sqr_mom','mom and hess_mom','beta1, beta2 and beta3','beta1 and beta2'), weight_decay=('wd',), momentum=('mom',),
-            learning_rate=('lr',), epsilon=('eps',))
+OURS = dict(betas=('mom and sqr_mom','mom and hess_mom','beta1, beta2 and beta3','beta1 and beta2'), weight_decay=('wd',),
+            momentum=('mom',), learning_rate=('lr',), epsilon=('eps',))
 @every
 def test_names_of_other_libraries(row):
     "The message names ours, if the algorithm has them; of a function, a factory, and the dict of a group"
@@ -222,10 +222,12 @@ def test_names_of_other_libraries(row):
         assert t is ValueError and f'Parameter group 0 has {k}=0.5' in msg and (not own or f' Write {own}. ' in msg), msg
 
 def test_what_is_missing_is_named():
-    assert outcome(lambda: get_optimizer('adam').func(params()))[1].startswith("Adam() missing a required argument: 'lr': it takes params, lr, mom,")
+    msg = outcome(lambda: get_optimizer('adam').func(params()))[1]
+    assert msg.startswith("Adam() missing a required argument: 'lr': it takes params, lr, mom,")
     msg = outcome(lambda: get_optimizer('adam').func(params(), .1, betas=(.9,.99), weight_decay=0))[1]
     assert msg.endswith('Write mom and sqr_mom instead of betas. Write wd instead of weight_decay.')
-    assert outcome(lambda: get_optimizer('sgd').func([dict(params=params(), lr_decay=.1)], .1))[1].endswith('Write a schedule. It knows wd, lr, mom.')
+    msg = outcome(lambda: get_optimizer('sgd').func([dict(params=params(), lr_decay=.1)], .1))[1]
+    assert msg.endswith('Write a schedule. It knows wd, lr, mom.')
 
 # ---------------------------------------------------------------- hyperparameters
 nan,inf = float('nan'),float('inf')

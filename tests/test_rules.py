@@ -311,7 +311,8 @@ def test_other_errors():
     with pytest.raises(ValueError, match='1 dicts for 7'): make(net(), TABLE).fix_state([{}])
 
 def test_warnings():
-    with pytest.warns(UserWarning, match=r"'bias' matches no parameter. It is compared with whole names \(0.weight, 1.weight, 1.bias, ...\)"):
+    names = r'whole names \(0.weight, 1.weight, 1.bias, ...\)'
+    with pytest.warns(UserWarning, match=f"'bias' matches no parameter. It is compared with {names}"):
         make(net(), {'bias': dict(wd=0), '*': adam()})
     with pytest.warns(UserWarning, match=r"'\*.bias' has no effect.*rules above"): make(net(), {'*': adam(), '*.bias': lion()})
     with pytest.warns(UserWarning, match="kinds of layers are not known: use `with naming"):
