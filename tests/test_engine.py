@@ -4,6 +4,7 @@ import numpy as np, pytest, torch
 from torch import nn
 from functools import partial
 from fastai.optimizer import Optimizer, average_grad, l2_reg, sgd_step, weight_decay
+from fastxtend_opt.engine.cohort import check_state, check_tensors
 from fastxtend_opt.engine.cpp import emit_cpp
 from fastxtend_opt.engine.launch import SOLO_SIZE
 from fastxtend_opt.engine.phases import TapePhases
@@ -206,6 +207,60 @@ def test_refusals_change_nothing(mode):
         assert f"stepper '{f.__name__}'" in str(e.value) and 'native' in str(e.value)
         assert p.data.tolist() == [1.,1.,1.] and dict(opt.state[p]) == {}
 
+# ---------------------------------------------------------------- messages
+F32 = torch.float32
+SLOTS = (TapeSlot('p','e',F32), TapeSlot('grad','e',F32), TapeSlot('one','s',F32), TapeSlot('rows','n1',F32))
+
+def grows(p, **kw): return dict(one=p.grad.data*2)
+def turns(p, **kw): return dict(rows=p.grad.data.mean(0, keepdim=True))
+def foreign_state(p, **kw): return dict(new=torch.zeros(4))
+
+@pytest.mark.parametrize('stepper,message', [
+    (grows, "'state 'one'' changes from one value per parameter to one per element: create it in the shape that it keeps."),
+    (turns, "'state 'rows'' changes its shape: create it in the shape that it keeps."),
+    (foreign_state, "'state 'new'' is a tensor of shape (4,) that was not made from the stepper's arguments: use torch.zeros_like(p) or "
+                    "p.clone().")], ids=lambda o: getattr(o, '__name__', ''))
+def test_messages_of_tracing(stepper, message):
+    with pytest.raises(UnsupportedError) as e: trace_steppers([stepper], SLOTS, {}, {}, shape=torch.Size((3,4)))
+    assert str(e.value).startswith(f"stepper '{stepper.__name__}': {message} Run this optimizer in native mode (no foreach, jit or fused)")
+
+def same_as_grad(p, **kw): return {'b': p.grad}
+def same_twice(p, **kw): return dict.fromkeys(('a','b'), torch.zeros_like(p))
+
+@pytest.mark.parametrize('stepper,other', [(same_as_grad, 'grad'), (same_twice, 'a')], ids=['gradient','state'])
+def test_message_of_state_that_is_another_tensor(stepper, other):
+    with pytest.raises(ValueError) as e: trace_steppers([stepper], SLOTS[:2], {}, {})
+    assert str(e.value) == (f"a stepper returned state 'b' that is the same tensor as '{other}', so a change of one would change the "
+                            "other. Return a `.clone()`.")
+
+DTYPES = 'dtypes that can be stepped are bfloat16, float16, float32, float64'
+def meta(*shape): return torch.empty(shape, device='meta')
+
+@pytest.mark.parametrize('p,g,exc,message', [
+    (torch.ones(2), torch.ones(2).to_sparse(), NotImplementedError, 'parameter of shape (2,), torch.float32: the gradient is sparse '
+     '(torch.sparse_coo). Use a dense one (sparse=False in nn.Embedding) or torch.optim.SparseAdam.'),
+    (torch.ones(2).to_sparse(), torch.ones(2), NotImplementedError, 'parameter of shape (2,), torch.float32: the parameter is sparse '
+     '(torch.sparse_coo). Only dense parameters can be stepped: use p.to_dense().'),
+    (torch.ones(2, dtype=torch.complex64), torch.ones(2), NotImplementedError, 'parameter of shape (2,), torch.complex64: complex '
+     'parameters and gradients are not supported. Step torch.view_as_real(p) instead.'),
+    (torch.ones(2), torch.ones(2).int(), NotImplementedError, 'parameter of shape (2,), torch.float32 with a torch.int32 gradient: '
+     f'{DTYPES}. Convert the parameter, or leave it out of the optimizer.'),
+    (torch.ones(2), meta(2), ValueError, 'parameter of shape (2,), torch.float32: the parameter is on cpu, its gradient on meta. Move '
+     'one of them.'),
+    (torch.ones(2), torch.ones(3), ValueError, "parameter of shape (2,), torch.float32: the gradient has shape (3,). Give it the "
+     "parameter's shape.")], ids='sparse_gradient sparse_parameter complex integer device shape'.split())
+def test_messages_of_gradients(p, g, exc, message):
+    with pytest.raises(exc) as e: check_tensors(p, g)
+    assert str(e.value) == message
+
+@pytest.mark.parametrize('t,exc,message', [
+    (torch.ones(2).int(), NotImplementedError, f"state 'm' is torch.int32: {DTYPES}. Convert it, or remove it from opt.state[p]."),
+    (meta(2), ValueError, "state 'm' is on meta, its parameter on cpu. load_state_dict moves it there.")], ids=['dtype','device'])
+def test_messages_of_state(t, exc, message):
+    with pytest.raises(exc) as e: check_state('m', t, torch.ones(2))
+    assert str(e.value) == message
+
+# ---------------------------------------------------------------- what torch can see
 def test_version_counter():
     "Autograd notices that the kernel changed a tensor it has saved"
     p = nn.Parameter(torch.ones(3)); loss = (p*p).sum()

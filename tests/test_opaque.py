@@ -371,6 +371,8 @@ def not_batched(x): return x.T if x.dim()==2 and x.shape[0]==x.shape[1] else x.f
 def two(x): return x,x
 @opaque
 def nothing(x): return None
+@opaque
+def flat(x): return x.unsqueeze(-1)
 @opaque(ndim=2)
 def of_matrices(x): return x.clone()
 
@@ -380,6 +382,22 @@ def test_errors_of_functions(mode):
                     (two,"'two' returned 2 results, and 1 was"), (nothing,'NoneType')):
         with pytest.raises(ValueError, match=match): wrong(f, mode=mode)
     with pytest.raises(ValueError, match=r"'of_matrices' works on tensors of 2 axes.*\(5,\)"): wrong(of_matrices, mode=mode, shapes=((5,),))
+
+@pytest.mark.parametrize('mode', MODES)
+def test_too_few_axes_in_a_later_cohort(mode):
+    "The vector of the second group is refused before the matrix of the first one moves"
+    ps = params(shapes=((3,4),(5,)))
+    def stepper(p, lr, **kwargs): p.data.sub_(lr*of_matrices(p.grad.data))
+    opt = make_optimizer([[p] for p in ps], [weight_decay, average_grad, stepper], lr=.1, wd=.1, mom=.9, **flags(mode))
+    give_grads(ps, 0)
+    before = [p.detach().clone() for p in ps]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'of_matrices' works on tensors of 2 axes"): opt.step()
+        assert_bitwise([p.detach() for p in ps], before)
+        assert not any(opt.state[p] for p in ps)
+    ps[1].grad = None
+    opt.step()
+    assert not torch.equal(ps[0], before[0])
 
 def test_errors_on_the_tape():
     other = torch.ones(3,4)
@@ -398,7 +416,39 @@ def test_errors_on_the_tape():
     with pytest.raises(ValueError, match=r"'mul' on state 'gg' of shape \(3, 3\)"): opt.step()
 
 def test_no_tensor():
-    with pytest.raises(TypeError, match="'doubled' was given no tensor"): doubled(1)
+    with pytest.raises(TypeError) as e: doubled(1)
+    assert str(e.value) == "@opaque function 'doubled' was given no tensor: pass at least one."
+
+def other_tensor(p, **kwargs): p.data.sub_(lerped(p.grad.data, torch.ones(3,4)))
+def unhashable(p, **kwargs): p.data.sub_(lerped(p.grad.data, [1,2]))
+
+@opaque
+def lerped(x, y): return x
+
+MESSAGES = [
+    (writes, "'writes' writes into a tensor that it was given, which in some modes is the parameter's own tensor and in others a copy. "
+             "Return a new tensor instead."),
+    (two, "'two' returned 2 results, and 1 was expected. Describe what it returns with @opaque(results=...)."),
+    (of_matrices, "'of_matrices' works on tensors of 2 axes or more and was given one of shape (5,). Let another stepper handle such "
+                  "parameters."),
+    *[(f, f"'{f.__name__}': result 0 is {what}, and {want} was expected. The function must work on matrices with leading axes, and "
+          "@opaque(results=...) must describe results that are not like its first tensor.")
+      for f,what,want in ((flat, 'of shape (5, 1)', '(5,)'), (nothing, 'a NoneType', '(5,)'))]]
+
+@pytest.mark.parametrize('f,message', MESSAGES, ids=[f.__name__ for f,_ in MESSAGES])
+def test_messages_of_functions(f, message):
+    "Each message names the function and what it was given or has returned, and says what to do"
+    with pytest.raises(ValueError) as e: f(torch.ones(5))
+    assert str(e.value) == f"@opaque function {message}"
+
+@pytest.mark.parametrize('stepper,message', [
+    (other_tensor, "takes a tensor that is neither the parameter, its gradient, its state nor computed from these."),
+    (unhashable, "takes a list: pass each tensor and number as an argument of its own, and other constants in a hashable form (a tuple "
+                 "instead of a list).")], ids=['tensor','list'])
+def test_messages_of_arguments(stepper, message):
+    slots = TapeSlot('p','e',torch.float32),TapeSlot('grad','e',torch.float32)
+    with pytest.raises(UnsupportedError) as e: trace_steppers([stepper], slots, {}, {})
+    assert str(e.value).startswith(f"stepper '{stepper.__name__}': 'lerped' {message} Run this optimizer in native mode")
 
 @pytest.mark.parametrize('mode', MODES)
 def test_constants(mode):

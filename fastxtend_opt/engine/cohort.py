@@ -92,13 +92,14 @@ def check_tensors(
         raise NotImplementedError(f"{what}: the gradient is sparse ({g.layout}). Use a dense one (sparse=False in nn.Embedding) or "
             "torch.optim.SparseAdam.")
     if p.layout is not torch.strided:
-        raise NotImplementedError(f"{what}: the parameter is sparse ({p.layout}). Only dense parameters can be stepped.")
+        raise NotImplementedError(f"{what}: the parameter is sparse ({p.layout}). Only dense parameters can be stepped: use p.to_dense().")
     if p.is_complex() or g.is_complex():
         raise NotImplementedError(f"{what}: complex parameters and gradients are not supported. Step torch.view_as_real(p) instead.")
     if p.dtype not in FLOAT_DTYPES or g.dtype not in FLOAT_DTYPES:
-        raise NotImplementedError(f"{what} with a {g.dtype} gradient: dtypes that can be stepped are {_FLOAT_NAMES}.")
+        raise NotImplementedError(f"{what} with a {g.dtype} gradient: dtypes that can be stepped are {_FLOAT_NAMES}. "
+            "Convert the parameter, or leave it out of the optimizer.")
     if g.device != p.device: raise ValueError(f"{what}: the parameter is on {p.device}, its gradient on {g.device}. Move one of them.")
-    if g.shape != p.shape: raise ValueError(f"{what}: the gradient has shape {tuple(g.shape)}.")
+    if g.shape != p.shape: raise ValueError(f"{what}: the gradient has shape {tuple(g.shape)}. Give it the parameter's shape.")
 
 def check_state(
     name:str, # Name of the state
@@ -107,7 +108,8 @@ def check_state(
 ):
     "Raise a `ValueError` or `NotImplementedError` if `t` can't be state of `p`"
     if t.dtype not in FLOAT_DTYPES:
-        raise NotImplementedError(f"state '{name}' is {t.dtype}: dtypes that can be stepped are {_FLOAT_NAMES}.")
+        raise NotImplementedError(f"state '{name}' is {t.dtype}: dtypes that can be stepped are {_FLOAT_NAMES}. Convert it, or remove "
+            "it from opt.state[p].")
     if t.device != p.device:
         raise ValueError(f"state '{name}' is on {t.device}, its parameter on {p.device}. load_state_dict moves it there.")
 

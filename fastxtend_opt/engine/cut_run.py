@@ -7,11 +7,11 @@ from __future__ import annotations
 import torch
 from .cut import cut_tape
 from .kinds import opaque_shape, SCALAR_REF
-from .opaque import OpaqueResult
+from .opaque import OpaqueCall, OpaqueResult
 from .tape import Tape
 
 # %% auto #0
-__all__ = ['CutRun']
+__all__ = ['check_calls', 'CutRun']
 
 # %% ../../nbs/engine/cut_run.ipynb #8416c730
 def _own_shape(kind, shape):
@@ -19,6 +19,18 @@ def _own_shape(kind, shape):
     if kind == 'e': return shape
     if kind == 's': return torch.Size()
     return opaque_shape(kind) if kind[0] == 'o' else torch.Size([n if k == 'n' else 1 for n,k in zip(shape, kind)])
+
+# %% ../../nbs/engine/cut_run.ipynb #c4ec0ca1
+def check_calls(
+    tape:Tape, # A finished tape
+    params:list # The parameters that it will run on
+):
+    "Raise a `ValueError` if an opaque call of `tape` can't take `params`"
+    for op,*refs in tape.ops:
+        if type(op) is not OpaqueCall or op.f.ndim is None: continue
+        r = next(r for r in refs if r < SCALAR_REF)
+        if (tape.types[r][0] if r >= 0 else tape.slots[-r-1].kind) == 'e':
+            for p in params: op.f.check(p.shape)
 
 # %% ../../nbs/engine/cut_run.ipynb #4d268f45
 class CutRun:
@@ -33,14 +45,6 @@ class CutRun:
         if (layout := [(p.shape, p.stride(), p.dtype, p.device) for p in self.params]) != self.pool.get('layout'):
             self.pool.clear()
             self.pool['layout'] = layout
-        for js in self.cut.calls:
-            for j in js: self._check(j)
-
-    def _check(self, j):
-        "Raise a `ValueError` if call `j` can't take these parameters"
-        r = next(r for r in self.tape.ops[j][1:] if r < SCALAR_REF)
-        if (self.tape.types[r][0] if r >= 0 else self.tape.slots[-r-1].kind) == 'e':
-            for p in self.params: self.tape.ops[j][0].f.check(p.shape)
 
     def groups(self,
         f # An `Opaque`

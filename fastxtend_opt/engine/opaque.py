@@ -119,7 +119,7 @@ class Opaque:
         vals,names = [*args, *kwargs.values()],tuple(kwargs)
         tape = next((v.tape for v in vals if type(v) is TapeTensor), None)
         if tape is not None: return self._emit(tape, vals, names)
-        if not any(map(_is_tensor, vals)): raise TypeError(f"@opaque function '{self.__name__}' was given no tensor")
+        if not any(map(_is_tensor, vals)): raise TypeError(f"@opaque function '{self.__name__}' was given no tensor: pass at least one.")
         out,many = self.run(vals, names)
         return tuple(out) if many else out[0]
 

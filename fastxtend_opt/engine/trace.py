@@ -77,7 +77,8 @@ def _finish(tape, loads, state, start, low):
         s = tape.slots[i]
         if t.kind != s.kind and (s.kind != 'e' or t.kind != 's'):
             grows = s.kind == 's' and t.kind == 'e'
-            tape.refuse(f"state '{s.name}'", 'changes from one value per parameter to one per element' if grows else 'changes its shape')
+            tape.refuse(f"state '{s.name}'", ('changes from one value per parameter to one per element' if grows else 'changes its shape')
+                + ': create it in the shape that it keeps')
         if t.ref == start[i]: continue
         stores.append((i, keep(s, t).ref))
         if i == 0 and low and low.kahan: stores.append((comp, keep.rest(s, t).ref))
@@ -91,7 +92,8 @@ def _final_values(tape, loads, state):
     final,seen = dict(enumerate(loads)),{}
     for k,v in state.items():
         if isinstance(v, torch.Tensor):
-            tape.refuse(f"state '{k}'", "is a tensor not made from the stepper's arguments (use torch.zeros_like(p) or p.clone())")
+            tape.refuse(f"state '{k}'", f"is a tensor of shape {tuple(v.shape)} that was not made from the stepper's arguments: use "
+                "torch.zeros_like(p) or p.clone()")
         if type(v) is not TapeTensor: continue
         if owner.get(id(v), k) != k or seen.setdefault(id(v), k) != k:
             raise ValueError(f"a stepper returned state '{k}' that is the same tensor as '{owner.get(id(v)) or seen[id(v)]}', so a change "

@@ -122,6 +122,7 @@ class FusedOptimizer(AmpOptimizer):
     def _all_on_gpu(self): return self.backend == 'triton' or super()._all_on_gpu()
 
     def _prepare(self, work):
+        super()._prepare(work)
         for d in {c.device for c,_,_ in work if c.device.type == 'cuda'}: _refuse_capture(d)
         plan = self._plan
         plan.forms = forms = [None if tape.opaque else plan.form(c, tape) for c,tape,_ in work]

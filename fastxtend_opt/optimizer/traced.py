@@ -9,6 +9,7 @@ import torch
 from fastcore.basics import patch
 from ..engine.cohort import FLOAT_DTYPES
 from ..engine.foreach import run_foreach
+from ..engine.cut_run import check_calls
 from ..engine.kinds import kind_of, NeedsShape, opaque_shape, TapeSlot
 from ..engine.torchscript import compile_script, run_script
 from ..engine.trace import trace_steppers
@@ -143,7 +144,9 @@ class TapeOptimizer(_CheckedLoad):
         self._plan_tried |= new.keys()
 
     def _prepare(self, work):
-        "Compile what is about to run: the last chance to fail before something changes"
+        "Check and compile what is about to run: the last chance to fail before something changes"
+        for c,tape,_ in work:
+            if tape.opaque: check_calls(tape, c.params)
     def _run(self, work): raise NotImplementedError
 
     def _create(self, c, tape):
