@@ -22,11 +22,13 @@ def format_number(
 # %% ../../../nbs/tools/bench/format.ipynb #e9a76d7c
 def markdown_table(
     head:list, # Titles of the columns
-    rows:list # One list of texts per row
+    rows:list, # One list of texts per row
+    numbers:bool=True # Align all columns but the first to the right?
 )->str: # Markdown
-    "A table with the first column aligned to the left and the others to the right"
+    "A Markdown table"
     def _line(cells): return '| ' + ' | '.join(cells) + ' |'
-    return '\n'.join([_line(head), '|' + '|'.join('---' if i==0 else '--:' for i in range(len(head))) + '|', *map(_line, rows)])
+    other = '--:' if numbers else '---'
+    return '\n'.join([_line(head), '|' + '|'.join(['---', *[other]*(len(head)-1)]) + '|', *map(_line, rows)])
 
 # %% ../../../nbs/tools/bench/format.ipynb #026ff1a5
 def write_whole(

@@ -5,9 +5,9 @@
 # %% ../../../nbs/tools/comparison/summary.ipynb #a753c1a6
 from __future__ import annotations
 import math, os, platform
-from pathlib import Path
 
 import numpy as np, torch
+from ..bench.turns import cpu_name
 from .tasks import tasks
 from .training import FORMAT, six_digits
 
@@ -49,12 +49,7 @@ def _cell(rows, t):
                 curve=_mean_curve(ok, 'valid'), train_curve=_mean_curve(ok, 'train'))
 
 def _machine():
-    model = ''
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        model = next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), '')
-    except OSError: pass
-    return dict(cpu=model or platform.processor(), cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
+    return dict(cpu=cpu_name(), cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
                 torch=torch.__version__)
 
 def _best_rate(cells):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from ..bench.format import markdown_table
 from .summary import beside_adam, best_cell, ranking
 
 # %% auto #0
@@ -31,8 +32,6 @@ def _link_to(result, name, root):
     title = title_of(result, name)
     return title if root is None or not page else f"[{title}]({root}{page.replace('.html', '.ipynb')})"
 
-def _table(head, rows): return '\n'.join([f"| {' | '.join(head)} |", '|'+'---|'*len(head), *('| '+' | '.join(r)+' |' for r in rows)])
-
 def _task_row(result, task, name, root):
     cells = {c['power']:c for c in result['cells'] if (c['task'],c['optimizer'])==(task,name)}
     c = best_cell(result, task, name)
@@ -54,7 +53,7 @@ def compare_table(
     "The table of one task, the lowest final loss first"
     marks = [rate_marks[p] for p in result['powers']]
     head = ['optimizer', 'best rate', 'final loss', 'lowest loss', 'steps to target', *marks, 'diverged']
-    return _table(head, [_task_row(result, task, n, root) for n in ranking(result, task)])
+    return markdown_table(head, [_task_row(result, task, n, root) for n in ranking(result, task)], numbers=False)
 
 # %% ../../../nbs/tools/comparison/tables.ipynb #54173a54
 def _range(xs): return '' if not xs else xs[0] if len(xs)==1 else f'{xs[0]} to {xs[-1]}'
@@ -80,7 +79,8 @@ def compare_summary(
     places = {t:{n:i+1 for i,n in enumerate(ranking(result, t)) if best_cell(result, t, n)} for t in ts}
     def _place(n): return np.mean([places[t][n] for t in ts]) if all(n in places[t] for t in ts) else math.inf
     head = ['optimizer', 'rate', *[result['tasks'][t]['title'] for t in ts], 'mean place', 'diverged', 'bytes', 'batch']
-    return _table(head, [_summary_row(result, n, _place(n), root) for n in sorted(result['optimizers'], key=lambda n: (_place(n), n))])
+    names = sorted(result['optimizers'], key=lambda n: (_place(n), n))
+    return markdown_table(head, [_summary_row(result, n, _place(n), root) for n in names], numbers=False)
 
 # %% ../../../nbs/tools/comparison/tables.ipynb #e0b8bbb2
 _explanation = (
@@ -100,7 +100,8 @@ def _divergences(result):
     if not same: return []
     rows = [[t, title_of(result, o), f'{lr:g}', ', '.join(str(d['seed']) for d in ds), ds[0]['reason'].replace('|', '/')]
             for (t,o,lr,_),ds in same.items()]
-    return ['## Divergences', '', _table(['task', 'optimizer', 'rate', 'seeds', 'what happened'], rows), '']
+    head = ['task', 'optimizer', 'rate', 'seeds', 'what happened']
+    return ['## Divergences', '', markdown_table(head, rows, numbers=False), '']
 
 def compare_report(
     result:dict # From `summarize`

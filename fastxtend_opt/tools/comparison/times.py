@@ -7,8 +7,9 @@ from __future__ import annotations
 import io, sys, time, warnings
 from contextlib import redirect_stdout
 
-import numpy as np, torch
+import numpy as np
 from fastai.callback.core import Callback, CancelValidException
+from ..bench.turns import quartiles, torch_threads
 from .tasks import task_learner, tasks
 
 # %% auto #0
@@ -37,8 +38,8 @@ class _NoValidation(Callback):
     def before_validate(self): raise CancelValidException
 
 def _quartiles(s):
-    q1,m,q3 = np.percentile(np.array(s)*1e3, [25,50,75])
-    return dict(median=round(float(m), 4), q1=round(float(q1), 4), q3=round(float(q3), 4), n=len(s))
+    q = quartiles(s)
+    return {**{k:round(q[k], 4) for k in ('median','q1','q3')}, 'n':q['n']}
 
 def _measure_task(task, who, rounds, batches):
     "The times of one task, optimizer by optimizer"
@@ -72,13 +73,11 @@ def measure_times(
     progress:bool=True # Print the name of each task?
 )->dict: # Task to optimizer to `batch` (ms), `step` (the optimizer's part of it) and `vs_adam`, or to `error`
     "How long a batch takes with the recommended learning rate, measured in turns"
-    out,threads = {},torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    out = {}
+    with torch_threads(1):
         for t in task_names or tasks:
             if progress: print(f'times: {t}', file=sys.stderr)
             with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
                 warnings.simplefilter('ignore')
                 out[t] = _measure_task(t, who, rounds, batches)
-    finally: torch.set_num_threads(threads)
     return out
