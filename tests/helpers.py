@@ -260,8 +260,7 @@ def detach_copy(o):
     return copy.deepcopy(o)
 
 def run_trajectory(opt_func, n=25, dtype=torch.float32, scenario=None, seed=0, params=None, groups=two_groups, at=None, spikes=(),
-                   grads=True,
-                   stream=None):
+                   grads=True, stream=None):
     """Make parameters and `opt_func(groups(params))`, take `n` steps on the seeded stream and return snapshots after the steps in `at`.
     `scenario(i, opt, params, stream)` sets up step `i`, gradients included; without one, each parameter gets a gradient."""
     params = make_params(dtype=dtype, seed=seed) if params is None else params

@@ -199,6 +199,14 @@ def test_wrappers_of_fastais_optimizer():
 def momentum(mode, params, cbs=MOMENTUM, cls=None):
     with backend_of(mode): return ENGINES[mode](params, cbs, lr=.1, mom=.9, wd=.1)
 
+def before_step(mode, n, cbs=MOMENTUM):
+    "Parameters with the gradients of step `n`, and their optimizer, which has taken `n` steps"
+    params = two()
+    opt = momentum(mode, params, cbs)
+    go(params, opt, range(n))
+    GradStream().set(params, n)
+    return params,opt
+
 def refuses(params, opt, exc, words):
     params = [p for p in params if p.untyped_storage().size()] # the others can't be looked at
     before = snapshot(params, opt)
@@ -210,10 +218,7 @@ def refuses(params, opt, exc, words):
 @all_modes
 def test_freed_memory(mode, n, which):
     "Operations on it would end the process, in every mode"
-    params = two()
-    opt = momentum(mode, params)
-    go(params, opt, range(n))
-    GradStream().set(params, n)
+    params,opt = before_step(mode, n)
     if n and which=='gradient' and mode!='native': opt.clear_state() # the plan is made anew
     (params[1].data if which=='parameter' else params[1].grad).untyped_storage().resize_(0)
     refuses(params, opt, ValueError, f'{which} of shape .*freed.*[Nn]o parameter was changed')
@@ -226,9 +231,7 @@ def test_elements_that_share_memory(mode):
 
 @all_modes
 def test_another_shape(mode):
-    params = two()
-    opt = momentum(mode, params)
-    GradStream().set(params, 0)
+    params,opt = before_step(mode, 0)
     params[1].data = params[1].data[:1]
     refuses(params, opt, ValueError, r'shape \(1, 4\).*gradient has shape \(2, 4\)')
 
@@ -237,9 +240,7 @@ def product_step(p, lr, **kwargs): p.data.sub_(p.data*p.grad.data.exp(), alpha=l
 @all_modes
 def test_sparse_gradients(mode):
     "Refused with one message, before anything changes; native mode steps those that its steppers can take"
-    params = two()
-    opt = momentum(mode, params, [weight_decay, product_step])
-    GradStream().set(params, 0)
+    params,opt = before_step(mode, 0, [weight_decay, product_step])
     params[1].grad = params[1].grad.to_sparse()
     refuses(params, opt, NotImplementedError, r'shape \(2, 4\).*sparse.*SparseAdam')
     opt.cbs = L(sgd_step)
@@ -343,10 +344,7 @@ def test_a_failure_that_nobody_could_foresee(mode, brittle):
 @pytest.mark.parametrize('n', [0,2], ids=['first_step','later_step'])
 def test_a_kernel_that_fails(mode, n, monkeypatch):
     "State that the step has created is gone again, and counters are those before it"
-    params = two()
-    opt = momentum(mode, params)
-    go(params, opt, range(n))
-    GradStream().set(params, n)
+    params,opt = before_step(mode, n)
     before = snapshot(params, opt)
     def boom(*args, **kwargs): raise MemoryError('no memory')
     with monkeypatch.context() as m:
@@ -364,11 +362,8 @@ def test_a_second_pass_that_fails(mode, monkeypatch):
     def fails(sq, calls, **kwargs):
         if calls==2: raise ArithmeticError('third call')
         return {'calls': calls+1}
-    params = two()
-    opt = momentum(mode, params, [step_stat, squares, fastxtend.Between(fails, ('sq',), calls=0), sgd_step])
-    go(params, opt, range(2))
+    params,opt = before_step(mode, 2, [step_stat, squares, fastxtend.Between(fails, ('sq',), calls=0), sgd_step])
     assert opt.calls==2
-    GradStream().set(params, 2)
     with pytest.raises(ArithmeticError): opt.step()
     assert opt.calls==2 and ([opt.state[p]['step'] for p in params]==[2,2] or mode=='native') # whose first pass is complete
 
