@@ -156,12 +156,13 @@ class Lookahead(ReleasableWrapper, _FastaiLookahead):
 def state_dict(self:Lookahead):
     "fastai's layout: `state`, `hypers`, `count`, `slow_weights`"
     sd = self.opt.state_dict() if self.one_pass else plain_state(self.opt.state_dict())
-    slow = self._slow
+    slow = plain_state(self._slow)
     if self.one_pass:
         it = iter(zip(sd['state'], self._params()))
-        slow = [[s['slow_p'] if 'slow_p' in s else p for _,(s,p) in zip(pg, it)] for pg in self.param_lists] if self._started else None
+        def _slow(s, p): return s['slow_p'] if 'slow_p' in s else plain_state(p)
+        slow = [[_slow(*next(it)) for _ in pg] for pg in self.param_lists] if self._started else None
         sd = {**sd, 'state': [{k:v for k,v in s.items() if k!='slow_p'} for s in sd['state']]}
-    return {**sd, 'count': self.count, 'slow_weights': plain_state(slow)}
+    return {**sd, 'count': self.count, 'slow_weights': slow}
 
 # %% ../../nbs/algorithms/lookahead.ipynb #b6119805
 def _check_state(opt, sd):

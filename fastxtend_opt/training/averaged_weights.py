@@ -95,17 +95,10 @@ class ScheduleFreeOptimizer:
         super().clear_state()
         self._averaged = False
 
-    def state_dict(self):
-        "State and hyperparameters; later calls of `train` and `eval` do not change its dicts"
-        sd = super().state_dict()
-        return {**sd, 'state': [dict(s) for s in sd['state']]}
-
     def load_state_dict(self,
         sd:dict # From `state_dict`; the model must hold the weights that it held when `sd` was made
     ):
         "Load a state"
-        if isinstance(sd, dict) and all(isinstance(s, dict) for s in sd.get('state', ())):
-            sd = {**sd, 'state': [dict(s) for s in sd['state']]}
         super().load_state_dict(sd)
         self._averaged = any(True for _ in self._each('y'))
 

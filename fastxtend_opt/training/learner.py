@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastai.learner import Learner
 from ..definition.parameters import naming
 from . import low_precision, schedule # each adds a method to `Learner`
-from .averaged_weights import ScheduleFreeOptimizer
+from .averaged_weights import _free
 from .decoupled_decay import MaxLR
 from .rule_table import thaw_params
 
@@ -28,8 +28,6 @@ def _create_opt(create_opt):
     return _inner
 
 # %% ../../nbs/training/learner.ipynb #5e51acd4
-def _free(opt): return isinstance(opt, ScheduleFreeOptimizer)
-
 def _fit(fit):
     @wraps(fit)
     def _inner(self, *args, **kwargs):
