@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from fastai.callback.fp16 import MixedPrecision
 from fastai.optimizer import Optimizer, average_grad, debias, step_stat, weight_decay
 from ..optimizer.passes import in_dry_run
 from ..definition.factories import factory, options

@@ -8,7 +8,7 @@ __all__ = ['SAM', 'sam', 'SAMPass']
 # %% ../../nbs/algorithms/sam.ipynb #c51cb102
 from functools import partial
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from fastai.optimizer import Optimizer
 from ..definition.hypers import group_values, hyper_ranges, Within

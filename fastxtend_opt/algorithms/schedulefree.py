@@ -24,7 +24,7 @@ from ..definition.registry import register
 from ..training.averaged_weights import (
     ForEachScheduleFree, FusedScheduleFree, JitScheduleFree, NativeScheduleFree, ScheduleFreeMode, ScheduleFreeOptimizer,
     as_schedule_free, averaged_weights, recalibrate_bn, schedule_free_classes)
-from .lion import lion_average, lion_step
+from .lion import lion_average
 from .stableadam import debiased_averages, debiased_mom
 
 # %% ../../nbs/algorithms/schedulefree.ipynb #f7621c5c

@@ -9,7 +9,7 @@ __all__ = ['CPU_STACK', 'shampoo', 'axis_sizes', 'at_least_float32', 'along_axis
 
 # %% ../../nbs/algorithms/shampoo.ipynb #87c1c9f6
 import math, warnings
-from functools import lru_cache, partial
+from functools import lru_cache
 import torch
 from fastai.optimizer import Optimizer, step_stat
 from ..engine.opaque import opaque

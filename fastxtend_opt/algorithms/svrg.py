@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from functools import partial
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.all import is_listy
 from fastai.callback.mixup import MixHandler
@@ -20,7 +19,7 @@ from fastai.optimizer import Optimizer
 from fastai.torch_core import find_bs
 from ..definition.hypers import hyper_ranges, valid_hyper, Within
 from ..optimizer.state import plain_state
-from ..training.extra_pass import ExtraPass, SecondGradient, frozen_stats, grads_aside, opt_layers
+from ..training.extra_pass import ExtraPass, SecondGradient, grads_aside, opt_layers
 from ..training.gradient_release import GradientRelease
 from ..training.low_precision import LowPrecisionInput
 

@@ -45,6 +45,8 @@ def flat_layout(
     return True
 
 # %% ../../nbs/engine/addresses.ipynb #8477e927
+def _same_layout(t, p): return t.stride() == p.stride() or (p.is_contiguous() and t.is_contiguous())
+
 def fused_sort(
     p, # Parameter
     g, # Its gradient
@@ -53,7 +55,7 @@ def fused_sort(
     "How the fused mode can serve a parameter: 'flat', 'copy' (its gradient has another layout), or 'foreach'"
     # torch 2.11 and older raise for the address of a sparse tensor, newer ones give 0
     if not flat_layout(p) or g.layout!=torch.strided or (p.numel() and not (p.data_ptr() and g.data_ptr())): return 'foreach'
-    return 'flat' if g.stride() == p.stride() or (p.is_contiguous() and g.is_contiguous()) else 'copy'
+    return 'flat' if _same_layout(g, p) else 'copy'
 
 def aligned_addresses(
     a:np.ndarray # Addresses
@@ -62,8 +64,6 @@ def aligned_addresses(
     return not (a & 15).any()
 
 # %% ../../nbs/engine/addresses.ipynb #e310a48e
-def _same_layout(t, p): return t.stride() == p.stride() or (p.is_contiguous() and t.is_contiguous())
-
 class AddressTable:
     "Addresses of a cohort's tensors, one row per parameter, read anew for each step"
     def __init__(self,

@@ -5,7 +5,6 @@
 # %% ../../nbs/engine/tape.ipynb #7b337d8a
 from __future__ import annotations
 import numbers
-from collections import namedtuple
 from functools import partial
 import torch
 from .ops import OPS

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/engine/tape_tensor.ipynb #57f876b7
 from __future__ import annotations
-import math, numbers
+import math
 import torch
 from .kinds import _rank, NeedsShape, opaque_shape
 

@@ -19,9 +19,8 @@ def _refuse_capture(device):
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             raise UnsupportedError("a fused step can't be captured in a CUDA graph: learning rate and step counter are Python numbers, "
-                                   "which each replay "
-                                   "would repeat. Capture forward and backward, and call `opt.step()` after each replay. No parameter was "
-                                   "changed.")
+                                   "which each replay would repeat. Capture forward and backward, and call `opt.step()` after each "
+                                   "replay. No parameter was changed.")
 
 def _to_host(found):
     "A copy of `found` on the CPU, and an event that says when it is there (`None`: now)"

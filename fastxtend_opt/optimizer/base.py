@@ -105,9 +105,8 @@ class _FixedState(_StateDicts):
             if (loaded or over) and any(k not in st or st[k] != v for k,v in own.items()): state[p] = {**st, **own}
             elif any(k not in st for k in own): state[p] = {**own, **st} # what was changed by hand stays
         if other:
-            warnings.warn(f"the loaded state was made with other rules for {other} of {len(ps)} parameters. The rules of this optimizer "
-                          f"stay; "
-                          "what the state remembers of these parameters may belong to another algorithm.", stacklevel=3)
+            warnings.warn(f"the loaded state was made with other rules for {other} of {len(ps)} parameters. The rules of this "
+                          "optimizer stay; what the state remembers of these parameters may belong to another algorithm.", stacklevel=3)
 
     _rules = None # A table, or a function of the optimizer that makes one
     @property
@@ -208,8 +207,7 @@ class StepOptimizer(_FixedState):
         "Trace the steppers, once for each set of hyperparameters that are 0"
         if any(isinstance(cb, Between) for cb in self.cbs):
             raise UnsupportedError("optimizer_accumulation: a step of this optimizer has several passes, and the numbers computed between "
-                                   "them need whole "
-                                   "gradients. Accumulate gradients instead (fastai's GradientAccumulation).")
+                                   "them need whole gradients. Accumulate gradients instead (fastai's GradientAccumulation).")
         hyper = {k:check_hyper(k, x) for k,x in h.items()}
         key = tuple(self.cbs),tuple(k for k,x in hyper.items() if k not in ('lr','wd','max_lr') and x == 0)
         known = self.__dict__.setdefault('_accumulates', {})
@@ -218,9 +216,8 @@ class StepOptimizer(_FixedState):
             with dry_run(): known[key] = all(averages_gradient(cbs, {**hyper, 'lr':.01}, case) for case in rule_cases(self.cbs))
         if not known[key]:
             raise UnsupportedError("optimizer_accumulation: these steppers keep no average of the gradient, so what micro-batches "
-                                   "contribute would be lost "
-                                   "(a step depends only on the direction of its own gradient). Use an optimizer with momentum (mom > 0), "
-                                   "or accumulate gradients.")
+                                   "contribute would be lost (a step depends only on the direction of its own gradient). Use an "
+                                   "optimizer with momentum (mom > 0), or accumulate gradients.")
 
 def _unmasked(cb):
     "The stepper inside of one that masks its step: it never moves without a gradient, which is what the check looks at"

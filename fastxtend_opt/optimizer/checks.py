@@ -55,13 +55,13 @@ def check_memory(
 ):
     "`ValueError` if `t` can't be read, or can't be written to"
     if not is_plain(t) or not t.numel() or t.device.type == 'meta': return
-    shape = f"of shape {tuple(t.shape)}"
     if freed(t):
-        raise ValueError(f"{what} {shape}: its memory was freed. Libraries that shard parameters do that between uses: "
-                         "step the shards, or gather the parameter before the step. No parameter was changed.")
-    if written and any(st == 0 and n > 1 for st,n in zip(t.stride(), t.shape)):
-        raise ValueError(f"{what} {shape}: several elements share memory (strides {t.stride()}), as after `expand`. "
-                         "Use a `.clone()`. No parameter was changed.")
+        why = ("its memory was freed. Libraries that shard parameters do that between uses: step the shards, or gather the parameter "
+               "before the step.")
+    elif written and any(st == 0 and n > 1 for st,n in zip(t.stride(), t.shape)):
+        why = f"several elements share memory (strides {t.stride()}), as after `expand`. Use a `.clone()`."
+    else: return
+    raise ValueError(f"{what} of shape {tuple(t.shape)}: {why} No parameter was changed.")
 
 # %% ../../nbs/optimizer/checks.ipynb #859bae3a
 def _copied(t):

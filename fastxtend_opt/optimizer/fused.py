@@ -43,19 +43,16 @@ def fused_backend(
     name = chosen or native
     if name is None:
         raise UnsupportedError(f"fused=True has no kernels for parameters on {device}: use foreach=True there, or move the model to a "
-                               f"CPU, CUDA, ROCm or XPU "
-                               "device. No parameter was changed.")
+                               "CPU, CUDA, ROCm or XPU device. No parameter was changed.")
     if name == 'cpp' and native != 'cpp':
         raise UnsupportedError(f"FASTXTEND_OPT_FUSED_BACKEND=cpp, but the parameters are on {device}: C++ kernels work on the CPU's "
-                               f"memory. Unset it, or use "
-                               "foreach=True. No parameter was changed.")
+                               "memory. Unset it, or use foreach=True. No parameter was changed.")
     if name == 'triton' and (interpreted := triton_interpreted()) != (native == 'cpp'):
-        raise UnsupportedError((f"TRITON_INTERPRET=1 is set: Triton's interpreter works on the CPU's memory, and the parameters are on "
-                                f"{device}. Unset it, or use "
-                                "foreach=True." if interpreted else
-                                f"FASTXTEND_OPT_FUSED_BACKEND=triton with parameters on {device} needs TRITON_INTERPRET=1 (Triton's "
-                                f"interpreter, for tests). "
-                                "Unset it to use C++ kernels.") + " No parameter was changed.")
+        why = (f"TRITON_INTERPRET=1 is set: Triton's interpreter works on the CPU's memory, and the parameters are on {device}. Unset it, "
+               "or use foreach=True." if interpreted else
+               f"FASTXTEND_OPT_FUSED_BACKEND=triton with parameters on {device} needs TRITON_INTERPRET=1 (Triton's interpreter, for "
+               "tests). Unset it to use C++ kernels.")
+        raise UnsupportedError(f"{why} No parameter was changed.")
     return name
 
 # %% ../../nbs/optimizer/fused.ipynb #09fa011f

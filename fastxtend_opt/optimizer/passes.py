@@ -24,8 +24,7 @@ def check_hyper(
         if not math.isfinite(v): raise ValueError(f"hyperparameter '{name}' is {v}: it must be finite. No parameter was changed.")
     elif isinstance(v, (tuple,list,L,dict,set,torch.Tensor)):
         raise ValueError(f"hyperparameter '{name}' is {v!r}: a hyperparameter is one number per group (fastai splits a sequence over the "
-                         f"groups). "
-                         "Use a name for each value, or bind it with functools.partial.")
+                         "groups). Use a name for each value, or bind it with functools.partial.")
     return v
 
 # %% ../../nbs/optimizer/passes.ipynb #2f8faf28
@@ -58,15 +57,15 @@ class Between:
         for k,v in self.totals.items():
             if not callable(v) and v not in _totals:
                 raise ValueError(f"Between: totals[{k!r}]={v!r} must be 'sum', 'max', 'min', or a function of a tensor with the values of "
-                                 f"all parameters.")
+                                 "all parameters.")
         if (both := self.totals.keys() & defaults.keys()):
             raise ValueError(f"Between: {', '.join(sorted(both))}: a total and a number of the whole model need two names.")
         self.__name__ = getattr(self.func, '__name__', type(f).__name__)
 
     def __call__(self, p, **kwargs):
         raise NotImplementedError(f"'{self.__name__}' runs between two passes over all parameters and can't run for one: it must be an "
-                                  f"entry of `cbs` of an "
-                                  "optimizer of this package (NativeOptimizer, or one of the modes). No wrapper of steppers can wrap it.")
+                                  "entry of `cbs` of an optimizer of this package (NativeOptimizer, or one of the modes). No wrapper of "
+                                  "steppers can wrap it.")
 
     def __repr__(self): return f"Between({self.__name__})"
 
@@ -80,8 +79,7 @@ class Between:
         if new is None: return None
         if (unknown := [k for k in new if k not in self.defaults]):
             raise ValueError(f"'{self.__name__}' returned {', '.join(unknown)}: what it may return is named, with its first value, where "
-                             f"its Between is made "
-                             f"({', '.join(self.defaults) or 'nothing is'}).")
+                             f"its Between is made ({', '.join(self.defaults) or 'nothing is'}).")
         return {k:check_hyper(k, v) for k,v in new.items()}
 
     def _read(self, found):

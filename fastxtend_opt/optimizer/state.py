@@ -113,5 +113,5 @@ def set_live_groups(
     "Set what `groups` has; the rest stays"
     if len(groups) != len(opt.param_lists):
         raise ValueError(f"param_groups: {len(groups)} groups given, and the optimizer has {len(opt.param_lists)}; build a new optimizer "
-                         f"for other groups")
+                         "for other groups")
     for g,new in zip(live_groups(opt), groups): g.update(new)

@@ -22,7 +22,7 @@ class Storage:
     ):
         if state_dtype is not None and state_dtype not in FLOAT_DTYPES:
             raise ValueError(f"state_dtype={state_dtype!r}: it must be one of {', '.join(sorted(str(d) for d in FLOAT_DTYPES))}, or None "
-                             f"for the parameter's.")
+                             "for the parameter's.")
         if kahan_sum and stochastic_rounding:
             raise ValueError("kahan_sum=True and stochastic_rounding=True were given together: each of them alone keeps what rounding "
                              "would lose.")

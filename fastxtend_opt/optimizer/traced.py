@@ -200,8 +200,7 @@ def _trace_passes(self:TapeOptimizer, cohorts, passes, extra):
         work = [(c, *self._trace_pass(cbs, c, *l, {**hypers[c.group], **extra}, anew)) for c,l in zip(cohorts, last)]
         for k in (k for _,tape,_ in work for k in anew if tape.created.get(k, 's')[0] != 's'):
             raise ValueError(f"state '{k}' is a total of '{after.__name__}', and has a value per element: a stepper must return one value "
-                             f"per parameter, "
-                             "such as x.sum(). No parameter was changed.")
+                             "per parameter, such as x.sum(). No parameter was changed.")
         works.append(work)
         last = [(tape.slots, new) for _,tape,new in work]
     return works

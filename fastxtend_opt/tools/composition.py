@@ -6,7 +6,6 @@
 __all__ = ['wrappers', 'why_not', 'composition_table', 'refusals', 'algorithm_refusals']
 
 # %% ../../nbs/tools/composition.ipynb #03f10061
-from functools import partial
 import torch
 from torch import nn
 from ..definition.registry import list_optimizers

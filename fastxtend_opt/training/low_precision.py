@@ -92,8 +92,7 @@ class LowPrecisionInput(Callback):
         low = any(p.dtype is self.dtype and p.requires_grad for p in self.model.parameters())
         if low and type(getattr(self.opt, 'opt', self.opt)) is Optimizer:
             warn(f"The Learner's optimizer is fastai's own, which rounds each step to {self.dtype} and loses small ones: use one of "
-                 f"fastxtend_opt's, "
-                 "such as opt_func=adam(), which keeps the rounding error.")
+                 "fastxtend_opt's, such as opt_func=adam(), which keeps the rounding error.")
     def before_batch(self): self.learn.xb = _cast(self.xb, self.dtype)
     def after_pred(self): self.learn.pred = _tensors(self.pred, lambda t: t.float() if t.dtype in (torch.bfloat16, torch.float16) else t)
 

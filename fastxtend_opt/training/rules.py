@@ -9,8 +9,6 @@ __all__ = ['Rule', 'rules']
 from functools import partial
 import inspect, warnings
 from torch import Tensor
-from fastcore.foundation import L
-from fastai.optimizer import Optimizer
 from ..optimizer.fused import FusedOptimizer
 from ..optimizer.native import NativeOptimizer
 from ..optimizer.steppers import inner_stepper, on_rule
